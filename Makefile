@@ -1,0 +1,87 @@
+# Two commands that need nothing but Python >= 3.11 and make: `make demo` and `make test`.
+#
+#   PYTHON=python3.12     the interpreter to build .venv with (default: the first one >= 3.11 that is found)
+#   TORCH_INDEX=URL       an extra package index that has CPU builds of torch
+#   VENV=.venv            where the environment lies
+
+VENV ?= .venv
+PYTHON ?=
+TORCH_INDEX ?=
+BIN := $(VENV)/bin
+CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.13 python3.14 python3)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell grep '^torch==' constraints.txt)
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: help demo test test-all lint format typecheck clean plan-demo plan-test
+
+help:
+	@echo "make demo       install, then train a small reasoning model from text to RL (about 12 minutes on 2 cores)"
+	@echo "make test       install, then lint, type check and run the tests (at most 10 minutes on 2 cores)"
+	@echo "make test-all   the same with the slow tests"
+	@echo "make lint | format | typecheck | clean"
+
+demo: plan-demo $(VENV)/.ready-demo
+	$(BIN)/turbos demo
+
+test: plan-test lint typecheck
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: plan-test lint typecheck
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(VENV)/.ready-test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+typecheck: $(VENV)/.ready-test
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+plan-demo:
+	@$(call announce,.ready-demo,260 MB)
+	@echo "Run:     the demo, at most 12 minutes on 2 cores; Ctrl-C stops, 'make demo' again resumes"
+
+plan-test:
+	@$(call announce,.ready-test,380 MB)
+	@echo "Run:     lint, type check, tests, at most 10 minutes on 2 cores"
+
+# What an installation does and costs; arguments: stamp, size of the download with a CPU build of torch.
+define announce
+if [ -e $(VENV)/$(1) ]; then echo "Install: done before ($(VENV)); repeated only if pyproject.toml or constraints.txt changed"; else \
+echo "Install: Python packages into $(VENV), 1 to 5 minutes, 1.3 to 1.7 GB on disk"; \
+echo "         download about $(2) with a CPU build of torch; a CUDA build (what pip takes on Linux) adds about 3 GB"; \
+if [ -z "$(TORCH_INDEX)" ]; then echo "         name an index that has CPU builds with: make ... TORCH_INDEX=URL"; fi; fi
+endef
+
+# pycosat (which reasoning-gym needs) is the one package without ready-made builds.
+define install
+$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
+$(PIP) install -c constraints.txt -e '.$(1)' || { \
+echo "make: installation failed. If pycosat did not build: install a C compiler and Python's headers" \
+"(Debian, Ubuntu: apt install gcc python3-dev), then run make again"; exit 1; }
+endef
+
+$(VENV)/.ready-demo: $(VENV)/.made pyproject.toml constraints.txt
+	$(call install,)
+	@touch $@
+
+$(VENV)/.ready-test: $(VENV)/.made pyproject.toml constraints.txt
+	$(call install,[dev])
+	@touch $@ $(VENV)/.ready-demo
+
+$(VENV)/.made:
+	@python=; for candidate in $(CANDIDATES); do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then echo "make: no Python >= 3.11 found (tried: $(CANDIDATES)); install one, or name it: make ... PYTHON=/path/to/python3"; exit 1; fi; \
+	if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
+	  echo "make: $$python has no venv module; install it (Debian, Ubuntu: apt install python3-venv) and run make again"; exit 1; fi; \
+	echo "$$python -m venv $(VENV)"; "$$python" -m venv $(VENV) && touch $@

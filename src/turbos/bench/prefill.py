@@ -1,0 +1,105 @@
+"""`turbos bench prefill`: reading a prompt into a cache, ours in segments against transformers' whole prompt, fp32.
+
+Speed is measured interleaved in this process. Memory is the growth of the peak resident size over one prefill, each
+in a process of its own (Linux only, where the peak can be reset):
+
+    python -m turbos.bench.prefill turbos 8192 CHECKPOINT_DIR      # prints bytes
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from turbos.bench.peers import bench_model, interleave, load_transformers, require_agreement, save_for_peers
+from turbos.bench.rows import Row
+from turbos.model.checkpoint import load_model
+from turbos.model.generate import prefill
+from turbos.model.lm import LanguageModel
+from turbos.model.state import HybridState
+
+LENGTHS, ROUNDS, MIB = (2048, 8192), {2048: 7, 8192: 3}, 2**20
+
+
+def bench_prefill(lengths: Sequence[int] = LENGTHS) -> Sequence[Row]:
+    """Rows `prefill <length>` (tok/s) and `prefill <length> memory` (MiB grown)."""
+    model = bench_model()
+    rows = []
+    with tempfile.TemporaryDirectory() as parent:
+        directory = save_for_peers(model, parent)
+        peer = load_transformers(directory).eval()
+        for length in lengths:
+            rows.append(_speed(model, peer, length))
+            rows.append(_memory(directory, length))
+    return rows
+
+
+def _speed(model: LanguageModel, peer: nn.Module, length: int) -> Row:
+    tokens = prompt(model.config.vocab_size, length)
+    require_agreement("last logits", our_prefill(model, tokens), their_prefill(peer, tokens))
+    rounds = ROUNDS.get(length, 3)
+    print(f"bench prefill: {rounds} rounds at {length} tokens, {torch.get_num_threads()} threads", file=sys.stderr)
+    work = {"turbos": lambda: our_prefill(model, tokens), "transformers": lambda: their_prefill(peer, tokens)}
+    times = interleave(work, rounds, warm_up=0)  # the agreement check has run both
+    ratios = {"transformers": times.ratio("turbos", "transformers")}
+    return Row(f"prefill {length}", length / times.median("turbos"), "tok/s", ratios)
+
+
+def _memory(directory: Path, length: int) -> Row:
+    grown = {}
+    for name in ("turbos", "transformers"):
+        command = [sys.executable, "-m", "turbos.bench.prefill", name, str(length), str(directory)]
+        grown[name] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    ratios = {"transformers": grown["transformers"] / grown["turbos"]}
+    return Row(f"prefill {length} memory", grown["turbos"] / MIB, "MiB grown", ratios)
+
+
+def prompt(vocabulary: int, length: int) -> list[int]:
+    """The same random prompt everywhere."""
+    return torch.randint(0, vocabulary, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+@torch.inference_mode()
+def our_prefill(model: LanguageModel, tokens: list[int]) -> Tensor:
+    """Logits after the prompt, read in segments into a fresh state."""
+    state = HybridState.alloc(model.config, 1, len(tokens))
+    return model.logits(prefill(model, [tokens], state))[0]
+
+
+@torch.inference_mode()
+def their_prefill(peer: nn.Module, tokens: list[int]) -> Tensor:
+    """The same by transformers' own model, with its cache."""
+    logits: Tensor = peer(input_ids=torch.tensor([tokens]), use_cache=True, logits_to_keep=1).logits
+    return logits[0, -1]
+
+
+def memory_growth(name: str, length: int, directory: Path) -> int:
+    """Bytes by which one prefill raises this process's peak resident size, after a short one has warmed it up."""
+    if name == "turbos":
+        model = load_model(directory)
+        run = lambda tokens: our_prefill(model, tokens)  # noqa: E731
+    else:
+        peer = load_transformers(directory).eval()
+        run = lambda tokens: their_prefill(peer, tokens)  # noqa: E731
+    tokens = prompt(256, length)
+    run(tokens[:64])
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident
+    before = peak_resident()
+    run(tokens)
+    return peak_resident() - before
+
+
+def peak_resident() -> int:
+    """Peak resident bytes of this process since its start or the last reset."""
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+if __name__ == "__main__":
+    print(memory_growth(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])))

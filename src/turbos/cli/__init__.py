@@ -1,0 +1,1 @@
+"""Floor 6: the one command, `turbos`, with a verb for each stage."""

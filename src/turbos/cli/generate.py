@@ -1,0 +1,75 @@
+"""`turbos generate CKPT --prompt TEXT`: continue a text, or answer a question with `--chat`, as it is written.
+
+The text goes to stdout token by token; nothing else does. `--think on|off` opens or closes the model's thinking.
+
+    turbos generate runs/demo/final --chat --think on --prompt "What is the greatest common divisor of 12 and 18?"
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from turbos.common.errors import UserError
+
+if TYPE_CHECKING:
+    from turbos.text.tokenizer import Tokenizer
+
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+LONGEST_CHARACTER = 4
+"""Bytes of UTF-8: after so many tokens that make no character, the bytes are not going to."""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declare the verb."""
+    parser = subparsers.add_parser("generate", help="continue a text or answer a question", allow_abbrev=False)
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="directory with config.json and tokenizer.json")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue, or with --chat a question")
+    parser.add_argument("--chat", action="store_true", help="render the prompt as a user's turn")
+    parser.add_argument("--think", choices=("auto", "on", "off"), help="with --chat: who decides on thinking")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    parser.add_argument("--seed", type=int, default=0, help="noise at temperature > 0")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="at most so many (default 256)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load the checkpoint and write its continuation to stdout."""
+    if args.think and not args.chat:
+        raise UserError("--think needs --chat: only an answer has thinking")
+    from turbos.model.checkpoint import load_model
+    from turbos.model.generate import stream
+    from turbos.text.chat import Message, prompt_ids
+    from turbos.text.tokenizer import END, END_OF_TEXT, Tokenizer
+
+    tokenizer = Tokenizer.load(args.checkpoint)
+    model = load_model(args.checkpoint)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        sizes = f"{tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
+        raise UserError(f"{args.checkpoint}: the tokenizer has {sizes}; take both from one checkpoint")
+    if args.chat:
+        prompt = prompt_ids(tokenizer, [Message("user", args.prompt)], args.think or "auto")
+    else:
+        prompt = tokenizer.encode(args.prompt)
+    stop_ids = (tokenizer.special(END), tokenizer.special(END_OF_TEXT))
+    ids = stream(model, prompt, args.max_new_tokens, temperature=args.temperature, seed=args.seed, stop_ids=stop_ids)
+    for text in texts(tokenizer, (token for token in ids if token not in stop_ids)):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return 0
+
+
+def texts(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """Pieces of text as soon as they are whole characters (a character may take several tokens)."""
+    pending: list[int] = []
+    for token in ids:
+        pending.append(token)
+        text = tokenizer.decode(pending)
+        if not text.endswith(INCOMPLETE) or len(pending) >= LONGEST_CHARACTER:
+            yield text
+            pending = []
+    if pending:
+        yield tokenizer.decode(pending)

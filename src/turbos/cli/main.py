@@ -1,0 +1,115 @@
+"""`turbos <verb>`: finds the verb's module, imports only that, and turns errors into one line and an exit code.
+
+Exit codes: 0 done, 2 a mistake that the user can mend (`UserError`, wrong arguments), 130 stopped by Ctrl-C. Anything
+else is a defect and keeps its traceback. This module knows no verb's options: each verb's module declares its own with
+`add_parser(subparsers)` and does its work in `run(args) -> int`.
+
+    turbos --help                                     # imports no torch
+    turbos pretrain demo --train.steps 50 --dry-run   # prints the recipe
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from turbos import __version__
+from turbos.common.errors import UserError
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A word after `turbos`: the module that does it, and whether it takes `--dotted.key value` overrides.
+
+    A verb that `resumes` goes on from its last checkpoint when the same command is given again.
+    """
+
+    name: str
+    module: str
+    help: str
+    takes_overrides: bool = False
+    resumes: bool = False
+
+
+VERBS = (
+    Verb("demo", "turbos.cli.demo", "the whole life of a small reasoning model, from text to a table", resumes=True),
+    Verb("pretrain", "turbos.cli.stages", "train a model on text and problems", takes_overrides=True, resumes=True),
+    Verb("sft", "turbos.cli.stages", "teach a model to answer, with and without thinking", True, resumes=True),
+    Verb("rl", "turbos.cli.stages", "improve a model by checked answers (GRPO)", takes_overrides=True, resumes=True),
+    Verb("generate", "turbos.cli.generate", "continue a text or answer a question"),
+    Verb("plot", "turbos.cli.plot", "draw the curves of a run"),
+    Verb("describe", "turbos.cli.describe", "count a model's parameters, work and memory", takes_overrides=True),
+    Verb("bench", "turbos.cli.bench", "measure speed and memory against peers"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line (default: this process's) and return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return dispatch(words)
+    except UserError as error:
+        print(f"turbos: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        resumes = any(verb.resumes for verb in VERBS if verb.name in words[:1])
+        how = f"; resume with: turbos {shlex.join(words)}" if resumes else ""
+        print(f"turbos: stopped{how}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def dispatch(words: Sequence[str]) -> int:
+    """Parse the words and run their verb."""
+    name = words[0] if words else "--help"
+    verb = next((verb for verb in VERBS if verb.name == name), None)
+    if verb is None and not name.startswith("-"):
+        nearest = difflib.get_close_matches(name, [verb.name for verb in VERBS], n=1, cutoff=0.0)[0]
+        raise UserError(f"unknown verb {name!r}; did you mean {nearest!r}? (turbos --help lists all)")
+    parser = build_parser(verb)
+    if verb is None:
+        parser.parse_args(words or ["--help"])
+        return 0
+    args, rest = parser.parse_known_args(join_overrides(words) if verb.takes_overrides else words)
+    if verb.takes_overrides:
+        args.overrides = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)} (turbos {verb.name} --help lists the options)")
+    return importlib.import_module(verb.module).run(args)
+
+
+def build_parser(verb: Verb | None) -> argparse.ArgumentParser:
+    """The parser of all verbs, with options for one of them only, so that the others need no import."""
+    description = "Train, reason with and serve hybrid Mamba-Transformer mixture-of-experts language models."
+    parser = argparse.ArgumentParser(prog="turbos", description=description, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"turbos {__version__}")
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    if verb is None:
+        for listed in VERBS:
+            subparsers.add_parser(listed.name, help=listed.help)
+    else:
+        importlib.import_module(verb.module).add_parser(subparsers)
+    return parser
+
+
+def join_overrides(words: Sequence[str]) -> list[str]:
+    """Join `--dotted.key value` into one word, so that argparse never takes the value for a positional argument."""
+    joined: list[str] = []
+    for word in words:
+        pending = joined and re.fullmatch(r"--[A-Za-z_][\w-]*(\.[\w-]+)+", joined[-1])
+        if pending and not re.match(r"--[A-Za-z_]", word):
+            joined[-1] = f"{joined[-1]}={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""The three stages of training as verbs: `turbos pretrain`, `turbos sft`, `turbos rl`.
+
+All have one form, `turbos STAGE RECIPE [--run DIR] [--dry-run] [--json] [--threads N] [--dotted.key value ...]`. What
+a stage does is in `train.pretrain`, `train.sft` and `rl.loop`; here a recipe is resolved and a run directory chosen.
+
+    turbos pretrain demo --train.steps 50 --run runs/short
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turbos.common.config import dump_recipe, known_recipes, load_recipe, plain_values, recipe_hash
+from turbos.common.errors import UserError
+
+HELP = {
+    "pretrain": "train a model on text and problems",
+    "sft": "teach a model to answer, with and without thinking",
+    "rl": "improve a model by checked answers (GRPO)",
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage's recipe type, and the function that runs it in a directory and returns the final checkpoint's path."""
+
+    recipe: type
+    train: Callable[[Any, Path], Path]
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declare the three verbs, which differ in nothing but their recipes."""
+    for verb, text in HELP.items():
+        parser = subparsers.add_parser(
+            verb,
+            help=text,
+            allow_abbrev=False,
+            description=f"{text[0].upper()}{text[1:]}. The same command resumes a run that was stopped.",
+            epilog=f"Any key of the recipe can be set: --dotted.key VALUE. Recipes: {', '.join(known_recipes(verb))}",
+        )
+        parser.add_argument("recipe", metavar="RECIPE", help="name of a recipe of the package, or path of a YAML file")
+        parser.add_argument("--run", type=Path, metavar="DIR", help=f"run directory (default: runs/{verb}-RECIPE)")
+        parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+        parser.add_argument("--json", action="store_true", help="stdout holds one JSON object and nothing else")
+        parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Resolve the recipe, then print it (`--dry-run`) or train."""
+    stage = load_stage(args.verb)
+    recipe = load_recipe(stage.recipe, args.verb, args.recipe, args.overrides)
+    if args.dry_run:
+        print(json.dumps(plain_values(recipe)) if args.json else dump_recipe(recipe), end="\n" if args.json else "")
+        return 0
+    use_threads(args.threads)
+    run_dir = args.run or Path("runs") / f"{args.verb}-{Path(args.recipe).stem}"
+    with contextlib.redirect_stdout(sys.stderr):
+        final = stage.train(recipe, run_dir)
+    if args.json:
+        outcome = {"verb": args.verb, "run": str(run_dir), "final": str(final), "recipe_hash": recipe_hash(recipe)}
+        print(json.dumps(outcome | {"last": dict(last_values(run_dir))}))
+    else:
+        print(final)
+    return 0
+
+
+def load_stage(verb: str) -> Stage:
+    """Import one stage; the others stay unloaded."""
+    if verb == "pretrain":
+        from turbos.train.pretrain import PretrainRecipe, pretrain
+
+        return Stage(PretrainRecipe, pretrain)
+    if verb == "sft":
+        from turbos.train.sft import SFTRecipe, sft
+
+        return Stage(SFTRecipe, sft)
+    from turbos.rl.loop import RLRecipe, rl
+
+    return Stage(RLRecipe, rl)
+
+
+def use_threads(count: int | None) -> None:
+    """Let torch compute with so many threads; None leaves its choice."""
+    from turbos.common.machine import set_threads
+
+    if count is not None and count < 1:
+        raise UserError(f"--threads must be at least 1, not {count}")
+    set_threads(count)
+
+
+def last_values(run_dir: Path) -> Mapping[str, float | str | None]:
+    """The last value of each figure that a run logged; a value that is not finite is None, as JSON has no NaN."""
+    from turbos.common.metrics import METRICS_FILE, plain_scalar, read_metrics
+
+    last: dict[str, float | str | None] = {}
+    for record in read_metrics(run_dir / METRICS_FILE):
+        last |= {name: plain_scalar(value) for name, value in record.items()}
+    return last

@@ -1,0 +1,1 @@
+"""Sources of text, shards, packing, the stateless loader, and problems whose answers a program checks."""

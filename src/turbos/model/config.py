@@ -1,0 +1,139 @@
+"""What a model is: a string of sublayers and the sizes of each kind.
+
+`layers` has one letter per pre-norm residual sublayer: `M` Mamba2, `A` grouped-query attention, `F` mixture of experts
+with a shared expert, `D` dense feed-forward. A part in brackets may be repeated: `"(MF)*3AF"` is `"MFMFMFAF"`.
+
+>>> ModelConfig(vocab_size=512, hidden_size=64, layers="(MF)*3AF").layers
+'MFMFMFAF'
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from turbos.common.errors import UserError
+
+KINDS = {"M": "Mamba2", "A": "attention", "F": "mixture of experts", "D": "dense feed-forward"}
+_REPEAT = re.compile(r"\(([A-Z]+)\)\*(\d+)")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and options of a model; an impossible combination raises `UserError`.
+
+    Multipliers and `logits_scaling` are Granite's: embedding output and residual branches are multiplied, logits are
+    divided. `attention_multiplier` None means `head_dim ** -0.5`. `rope_theta` None means no positions (NoPE).
+    Balancing: `aux_loss` and `z_loss` are coefficients; `bias_update` steers the sigmoid router's selection bias by
+    `bias_rate` a step (`freeze` keeps it, `off` ignores it).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    layers: str
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    rope_theta: float | None = None
+    rope_alpha: float = 1.0
+    qk_norm: bool = False
+    mamba_heads: int = 8
+    mamba_head_dim: int = 32
+    mamba_state: int = 64
+    mamba_groups: int = 1
+    conv_kernel: int = 4
+    chunk_size: int = 64
+    ffn_size: int = 256
+    num_experts: int = 8
+    top_k: int = 2
+    expert_size: int = 128
+    shared_expert_size: int = 128
+    activation: Literal["swiglu", "relu2"] = "swiglu"
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    router_normalise: bool = True
+    router_scale: float = 1.0
+    aux_loss: float = 0.01
+    z_loss: float = 0.001
+    bias_update: Literal["update", "freeze", "off"] = "off"
+    bias_rate: float = 0.001
+    norm_eps: float = 1e-5
+    tied: bool = True
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+    init_std: float = 0.02
+    max_positions: int = 4096
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", expand_layers(self.layers))
+        for problem in _impossible(self):
+            raise UserError(f"model: {problem}")
+
+    @property
+    def mamba_inner(self) -> int:
+        """Channels of a Mamba2 sublayer (`d_inner`)."""
+        return self.mamba_heads * self.mamba_head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels under the convolution: x, B and C."""
+        return self.mamba_inner + 2 * self.mamba_groups * self.mamba_state
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor on query-key products."""
+        return self.head_dim**-0.5 if self.attention_multiplier is None else self.attention_multiplier
+
+
+def expand_layers(layers: str) -> str:
+    """`"(MF)*3AF"` -> `"MFMFMFAF"`; what is not brackets stays as it is."""
+    text = layers.replace(" ", "")
+    while _REPEAT.search(text):
+        text = _REPEAT.sub(lambda found: found[1] * int(found[2]), text)
+    return text
+
+
+def _impossible(config: ModelConfig) -> Iterator[str]:
+    """What forbids this configuration, one line each, the option named."""
+    letters = "".join(KINDS)
+    if not config.layers:
+        yield f"layers is empty: give one letter of {letters} per sublayer, such as (MF)*3AF"
+    for place, letter in enumerate(config.layers):
+        if letter not in KINDS:
+            known = ", ".join(f"{key} ({name})" for key, name in KINDS.items())
+            yield f"layers {config.layers!r}: letter {letter!r} at place {place} is none of {known}"
+    if "A" in config.layers:
+        yield from _impossible_attention(config)
+    if "M" in config.layers:
+        yield from _impossible_mamba(config)
+    if "F" in config.layers:
+        yield from _impossible_experts(config)
+    for name in ("vocab_size", "hidden_size", "ffn_size", "max_positions"):
+        if getattr(config, name) < 1:
+            yield f"{name} must be at least 1, not {getattr(config, name)}"
+
+
+def _impossible_attention(config: ModelConfig) -> Iterator[str]:
+    if config.num_kv_heads < 1 or config.num_heads % config.num_kv_heads:
+        yield f"num_heads {config.num_heads} must be a multiple of num_kv_heads {config.num_kv_heads}"
+    if config.rope_theta is not None and (config.head_dim % 2 or config.head_dim < 4):
+        yield f"head_dim {config.head_dim} must be even and at least 4 for rotary positions (rope_theta)"
+
+
+def _impossible_mamba(config: ModelConfig) -> Iterator[str]:
+    if config.mamba_groups < 1 or config.mamba_heads % config.mamba_groups:
+        yield f"mamba_heads {config.mamba_heads} must be a multiple of mamba_groups {config.mamba_groups}"
+    if config.conv_kernel < 2:
+        yield f"conv_kernel must be at least 2, not {config.conv_kernel}"
+    if config.chunk_size < 1:
+        yield f"chunk_size must be at least 1, not {config.chunk_size}"
+
+
+def _impossible_experts(config: ModelConfig) -> Iterator[str]:
+    if not 1 <= config.top_k <= config.num_experts:
+        yield f"top_k {config.top_k} must lie between 1 and num_experts {config.num_experts}"
+    if config.bias_update != "off" and config.router != "sigmoid":
+        yield f"bias_update {config.bias_update!r} needs router 'sigmoid'; use aux_loss with 'softmax'"

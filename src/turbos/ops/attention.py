@@ -1,0 +1,129 @@
+"""Grouped-query attention over packed documents, over a cache of earlier keys, and for one-token decode.
+
+`attention_truth` is the slow form: one token at a time, meant for float64. The others call torch's fused kernel once
+per document, so that no document can touch another's bits and nothing is padded.
+
+Shapes: T tokens, B sequences, S cache slots, H query heads, K key/value heads (H a multiple of K), E head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from turbos.common.records import Documents
+
+QUERY_ROWS = 256
+"""Queries per call where earlier keys need an explicit mask: bounds the mask to `QUERY_ROWS x keys`."""
+
+
+def attention_truth(
+    q_THE: Tensor,
+    k_TKE: Tensor,
+    v_TKE: Tensor,
+    documents: Documents,
+    scale: float,
+    earlier: list[tuple[Tensor, Tensor]] | None = None,
+) -> Tensor:
+    """Causal attention, token by token. `earlier` gives keys and values `[S, K, E]` before each document."""
+    repeat = q_THE.shape[1] // k_TKE.shape[1]
+    outputs = []
+    for document, (start, end) in enumerate(pairwise(documents.borders)):
+        for t in range(start, end):
+            keys, values = k_TKE[start : t + 1], v_TKE[start : t + 1]
+            if earlier is not None:
+                keys = torch.cat([earlier[document][0], keys])
+                values = torch.cat([earlier[document][1], values])
+            scores_SH = (keys.repeat_interleave(repeat, 1) * q_THE[t]).sum(-1) * scale
+            weights_SH = torch.softmax(scores_SH, 0)
+            outputs.append((weights_SH[..., None] * values.repeat_interleave(repeat, 1)).sum(0))
+    return torch.stack(outputs)
+
+
+def _heads_first(x_TKE: Tensor, heads: int) -> Tensor:
+    """`[T, K, E]` -> `[1, H, T, E]`, repeating each key head for its queries."""
+    repeat = heads // x_TKE.shape[1]
+    if repeat > 1:
+        x_TKE = x_TKE[:, :, None].expand(-1, -1, repeat, -1).flatten(1, 2)
+    return x_TKE.transpose(0, 1)[None]
+
+
+def attention_packed(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, documents: Documents, scale: float) -> Tensor:
+    """Causal attention inside each packed document: `[T, H, E]`."""
+    heads = q_THE.shape[1]
+    q, k, v = (_heads_first(x, heads) for x in (q_THE, k_TKE, v_TKE))
+    outputs = [
+        F.scaled_dot_product_attention(
+            q[:, :, start:end], k[:, :, start:end], v[:, :, start:end], is_causal=True, scale=scale
+        )
+        for start, end in pairwise(documents.borders)
+    ]
+    return torch.cat(outputs, dim=2)[0].transpose(0, 1)
+
+
+def attention_cached(
+    q_THE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, lengths: list[int], documents: Documents, scale: float
+) -> Tensor:
+    """Attention of document b's queries over row b of a cache that already holds their keys: `[T, H, E]`.
+
+    `lengths[b]` counts the valid slots of row b, the document's own tokens last.
+    """
+    outputs = []
+    for row, (start, end) in enumerate(pairwise(documents.borders)):
+        keys, values = k_BSKE[row, : lengths[row]], v_BSKE[row, : lengths[row]]
+        outputs.extend(_query_blocks(q_THE[start:end], keys, values, scale))
+    return torch.cat(outputs)
+
+
+def _query_blocks(q_LHE: Tensor, k_SKE: Tensor, v_SKE: Tensor, scale: float) -> Iterator[Tensor]:
+    """Causal attention of the last L of S positions, in blocks of queries that see only the keys they may."""
+    heads, earlier = q_LHE.shape[1], k_SKE.shape[0] - q_LHE.shape[0]
+    k, v = _heads_first(k_SKE, heads), _heads_first(v_SKE, heads)
+    rows = q_LHE.shape[0] if earlier == 0 else QUERY_ROWS
+    for start in range(0, q_LHE.shape[0], rows):
+        q = q_LHE[start : start + rows].transpose(0, 1)[None]
+        seen = earlier + start + q.shape[2]
+        mask = None
+        if earlier:
+            last = torch.arange(seen - q.shape[2], seen, device=q.device)
+            mask = torch.arange(seen, device=q.device) <= last[:, None]
+        yield F.scaled_dot_product_attention(
+            q, k[:, :, :seen], v[:, :, :seen], attn_mask=mask, is_causal=mask is None, scale=scale
+        )[0].transpose(0, 1)
+
+
+def attention_decode(
+    q_BHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, lengths_B: Tensor, longest: int, scale: float
+) -> Tensor:
+    """One query per sequence over its cache row (own key already written): `[B, H, E]`.
+
+    `lengths_B` counts valid slots; `longest` is its maximum, so that no slot beyond it is read.
+    """
+    batch, heads, width = q_BHE.shape
+    kv_heads = k_BSKE.shape[2]
+    keys = k_BSKE[:, :longest].permute(0, 2, 3, 1)
+    values = v_BSKE[:, :longest].transpose(1, 2)
+    q = q_BHE.view(batch, kv_heads, heads // kv_heads, width) * scale
+    scores_BKRS = torch.matmul(q, keys)
+    hidden_BS = torch.arange(longest, device=q.device) >= lengths_B[:, None]
+    scores_BKRS.masked_fill_(hidden_BS[:, None, None], -math.inf)
+    return torch.matmul(torch.softmax(scores_BKRS, -1), values).view(batch, heads, width)
+
+
+def rotate(x_THE: Tensor, positions_T: Tensor, theta: float, alpha: float = 1.0) -> Tensor:
+    """Rotary positions, halves convention; `alpha` stretches the base by the NTK rule `theta * alpha^(E / (E - 2))`.
+
+    Source: Hunyuan-Large (arXiv 2411.02265) and its released config; TurboS report p.6 (alpha 50 and 1000).
+    """
+    width = x_THE.shape[-1]
+    base = theta * alpha ** (width / (width - 2))
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=x_THE.device) / width
+    angles = positions_T.to(torch.float32)[:, None] * (base**-exponents)[None]
+    cos, sin = angles.cos()[:, None].to(x_THE.dtype), angles.sin()[:, None].to(x_THE.dtype)
+    first, second = x_THE.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

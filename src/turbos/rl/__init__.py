@@ -1,0 +1,1 @@
+"""Reinforcement from checked answers: rollout, advantage, loss, loop."""

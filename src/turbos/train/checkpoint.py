@@ -1,0 +1,199 @@
+"""Checkpoints that are whole or absent: `checkpoints/step-000020/` with the model as anyone can load it, and our own
+training state apart in `trainer/` (safetensors and JSON, never pickle).
+
+A save writes a temporary sibling directory, syncs it to disk, renames it, then moves the `latest` pointer. Whatever
+stops it half way (full disk, `kill -9`), `latest` names a whole checkpoint. It does not know the loop or the recipe.
+
+    state = TrainingState(step=20, tokens=40_960)
+    save_checkpoint(run_dir, state, model, tokenizer, optimizer)    # -> run_dir/checkpoints/step-000020
+    path = latest_checkpoint(run_dir)
+    model = load_model(path); ...; state = restore_optimizer(path, model, optimizer)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from turbos.common.errors import UserError
+from turbos.model.checkpoint import save_model
+from turbos.model.lm import LanguageModel
+from turbos.text.tokenizer import Tokenizer
+
+SAVING = ".saving-"
+REMOVING = ".removing-"
+POINTER = "latest"
+TRAINER = "trainer"
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where training stands: optimizer steps done and tokens seen. The loader needs no more, it is stateless."""
+
+    step: int
+    tokens: int = 0
+
+
+def save_checkpoint(
+    run_dir: Path,
+    state: TrainingState,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    optimizer: torch.optim.Optimizer,
+    keep: int = 2,
+) -> Path:
+    """Write `checkpoints/step-NNNNNN`, point `latest` at it, keep the last `keep`; UserError where the disk refuses."""
+    folder = run_dir / "checkpoints"
+    target = folder / f"step-{state.step:06d}"
+    if latest_checkpoint(run_dir) == target:
+        return target
+
+    def write(place: Path) -> None:
+        _write_model(place, model, tokenizer)
+        _write_trainer(place / TRAINER, state, model, optimizer)
+
+    write_whole(target, write)
+    _point(folder, target)
+    for old in _steps(folder)[:-keep]:
+        if old != target:
+            shutil.rmtree(_set_aside(old))
+    return target
+
+
+def save_final(run_dir: Path, model: LanguageModel, tokenizer: Tokenizer) -> Path:
+    """Write `run_dir/final`: model and tokenizer only, as whole or as absent as any checkpoint."""
+    target = run_dir / "final"
+    write_whole(target, lambda place: _write_model(place, model, tokenizer))
+    return target
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The checkpoint that `checkpoints/latest` names, or None in a run without checkpoints.
+
+    Without a pointer (a first save killed just before it) the newest step counts: a directory of that name is whole.
+    """
+    folder = run_dir / "checkpoints"
+    pointer = folder / POINTER
+    if not pointer.exists():
+        steps = _steps(folder)
+        return steps[-1] if steps else None
+    path = folder / pointer.read_text().strip()
+    if not path.is_dir():
+        raise UserError(f"{pointer} names {path.name}, which is not there: write a sibling's name into it")
+    return path
+
+
+def restore_optimizer(path: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> TrainingState:
+    """Put back the optimizer's moments and torch's random state from the checkpoint `path`, bit for bit."""
+    try:
+        state = TrainingState(**json.loads((path / TRAINER / "state.json").read_text()))
+        tensors = load_file(path / TRAINER / "optimizer.safetensors")
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(f"cannot resume from {path}: its trainer/ files are missing or damaged ({error})") from None
+    torch.set_rng_state(tensors.pop("rng"))
+    for name, parameter in model.named_parameters():
+        moments = {key: tensors.pop(f"{name}/{key}") for key in MOMENTS if f"{name}/{key}" in tensors}
+        if not moments:
+            continue
+        if moments["exp_avg"].shape != parameter.shape:
+            raise UserError(f"cannot resume from {path}: optimizer state of {name} has another shape than the model's")
+        # The step counter of torch's fused AdamW lives beside the parameter, like the moments.
+        optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in moments.items()}
+    if tensors:
+        raise UserError(f"cannot resume from {path}: optimizer state for unknown parameters {sorted(tensors)[:3]}")
+    return state
+
+
+def remove_leftovers(run_dir: Path) -> list[Path]:
+    """Delete what interrupted saves left in the run, before training starts; returns what was deleted."""
+    leftovers = [
+        path
+        for folder in (run_dir, run_dir / "checkpoints")
+        for path in sorted(folder.glob(".*"))
+        if path.name.startswith((SAVING, REMOVING))
+    ]
+    for path in leftovers:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return leftovers
+
+
+def write_whole(target: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary sibling of `target`, sync it, rename it; UserError where the disk refuses."""
+    temporary = target.parent / f"{SAVING}{target.name}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        _sync_tree(temporary)
+        replaced = _set_aside(target) if target.exists() else None
+        temporary.rename(target)
+        _sync(target.parent)
+        if replaced is not None:
+            shutil.rmtree(replaced)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"cannot save {target}: {error}; earlier saves are whole, make room and run again") from None
+
+
+def _write_model(place: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
+    save_model(model, place)
+    tokenizer.save(place)
+
+
+def _write_trainer(place: Path, state: TrainingState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    place.mkdir()
+    tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+    for name, parameter in model.named_parameters():
+        moments = optimizer.state.get(parameter, {})
+        tensors |= {f"{name}/{key}": moments[key].contiguous() for key in MOMENTS if key in moments}
+    save_file(tensors, place / "optimizer.safetensors")
+    (place / "state.json").write_text(json.dumps(asdict(state)))
+
+
+def _point(folder: Path, target: Path) -> None:
+    temporary = folder / f"{SAVING}{POINTER}"
+    try:
+        temporary.write_text(target.name + "\n")
+        _sync(temporary)
+        temporary.replace(folder / POINTER)
+        _sync(folder)
+    except OSError as error:
+        raise UserError(f"cannot point {folder / POINTER} at {target.name}: {error}; make room and run again") from None
+
+
+def _set_aside(path: Path) -> Path:
+    # Before it is deleted: a directory called step-NNNNNN is whole at any moment.
+    doomed = path.with_name(f"{REMOVING}{path.name}")
+    path.rename(doomed)
+    return doomed
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.glob("step-*") if path.is_dir()), key=lambda path: int(path.name[5:]))
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
