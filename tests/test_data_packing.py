@@ -105,7 +105,7 @@ def test_every_document_is_seen_whole_once_per_epoch(tmp_path: Path, lengths: li
     whole = Counter(tuple(document.tolist()) for document in reader.documents())
     longest = max(map(len, whole))
     loader = Loader([Part("a", (reader,))], longest * slots, seed, longest_document=longest)
-    steps = loader.epoch_slots()["a"]
+    steps = loader.slots_in_epoch("a")
     seen = seen_documents(loader, range(steps))
     assert seen == Counter({document: count * slots for document, count in whole.items()})
     assert sum(sum(map(len, [batch.tokens_T])) for batch in batches_once(reader, longest)) == reader.info.tokens

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from model_cases import tiny_config, tiny_model
 
+from model_cases import tiny_config, tiny_model
 from turbos.common.errors import UserError
 from turbos.model.config import ModelConfig, expand_layers
 from turbos.model.families import family_of
@@ -32,7 +32,24 @@ def test_layer_strings_expand(text: str, expanded: str) -> None:
 
 @pytest.mark.parametrize(
     "layers",
-    ["", "  ", "(MF)*0", "X", "MFx", "mf", "M-F", "(MF", "MF)", "(MF)3", "(MF)*", "()*3", "(MF)*-1", "M,F", "MF\nAF", "(MF)*2.5"],
+    [
+        "",
+        "  ",
+        "(MF)*0",
+        "X",
+        "MFx",
+        "mf",
+        "M-F",
+        "(MF",
+        "MF)",
+        "(MF)3",
+        "(MF)*",
+        "()*3",
+        "(MF)*-1",
+        "M,F",
+        "MF\nAF",
+        "(MF)*2.5",
+    ],
 )
 def test_impossible_layers_are_refused(layers: str) -> None:
     with pytest.raises(UserError, match="layers") as caught:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_cases import VARIANTS, tiny_config, tiny_model
 
+from model_cases import VARIANTS, tiny_config, tiny_model
 from turbos.common.config import load_recipe
 from turbos.model.config import ModelConfig
 from turbos.model.describe import describe

@@ -10,8 +10,8 @@ from functools import cache
 
 import pytest
 import torch
-from model_cases import VARIANTS, VOCABULARY, logits_of, random_tokens, tiny_model
 
+from model_cases import VARIANTS, VOCABULARY, logits_of, random_tokens, tiny_model
 from turbos.common.errors import UserError
 from turbos.common.records import Completion
 from turbos.model.generate import generate, stream
@@ -170,8 +170,15 @@ def test_bad_input_is_a_user_error_of_one_line(prompt: list[int], options: dict[
 
 @pytest.mark.parametrize("token", [VOCABULARY, -1])
 def test_a_token_outside_the_vocabulary_is_a_user_error(token: int) -> None:
-    with pytest.raises(UserError, match="vocabulary|vocab_size"):
+    with pytest.raises(UserError, match=r"vocabulary|vocab_size"):
         generate(model_of(), [[1, 2], [3, token]], 3)
+
+
+@pytest.mark.parametrize("option", ["segment", "max_batch"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_batches_and_segments_of_nothing_are_refused(option: str, value: int) -> None:
+    with pytest.raises(UserError, match=option):
+        generate(model_of(), prompts(), 3, **{option: value})
 
 
 def test_seeds_must_match_prompts() -> None:

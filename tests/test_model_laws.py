@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_cases import TOLERANCE, VARIANTS, VOCABULARY, logits_of, random_tokens, tiny_config, tiny_model
-from op_cases import assert_close, bit_equal, relative_error
 from torch import Tensor
 
+from model_cases import TOLERANCE, VARIANTS, VOCABULARY, logits_of, random_tokens, tiny_config, tiny_model
+from op_cases import assert_close, bit_equal, relative_error
 from turbos.common.records import Documents
+from turbos.model.generate import generate
 from turbos.model.lm import LanguageModel
 from turbos.model.mixers import Pass
 from turbos.ops import moe
@@ -187,7 +188,7 @@ def test_logit_scale_and_multipliers_do_what_they_say() -> None:
     # Without branches the final norm takes the embedding's factor out again, up to its epsilon.
     bare, enlarged = (tiny_model(residual_multiplier=0.0, embedding_multiplier=factor) for factor in (1.0, 8.0))
     assert relative_error(logits_of(enlarged, tokens, [9]), logits_of(bare, tokens, [9])) < 1e-3
-    assert tiny_config().attention_scale == tiny_config().head_dim**-0.5
+    assert tiny_config().attention_scale == tiny_config().head_dim ** -0.5
     assert tiny_config(attention_multiplier=0.2).attention_scale == 0.2
 
 
@@ -210,3 +211,32 @@ def test_selection_bias_off_is_ignored_and_freeze_is_used() -> None:
     model = tiny_model("F", router="sigmoid", bias_update="off")
     model.sublayers[0].mixer.selection_bias.zero_()
     assert torch.equal(logits_of(model, tokens, [30]), off)
+
+
+@pytest.mark.parametrize("layers", ["M", "A", "F", "D"])
+@pytest.mark.parametrize("lengths", [(8,), (5, 7), (4, 4)], ids=str)
+def test_documents_that_do_not_cover_the_tokens_are_refused(layers: str, lengths: tuple[int, ...]) -> None:
+    with pytest.raises((ValueError, IndexError, RuntimeError)):
+        tiny_model(layers)(random_tokens(10), Documents.from_lengths(lengths))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_after_generating_with_the_same_borders(variant: str) -> None:
+    # Index tensors that an op keeps between calls must not be born in inference mode.
+    model = tiny_model(**VARIANTS[variant])
+    tokens = random_tokens(37)
+    generate(model, [piece.tolist() for piece in tokens.split([30, 7])], 3)
+    output = model(tokens, Documents.from_lengths([30, 7]))
+    (model.logits(output.hidden_TD).square().sum() + output.balance_loss + output.z_loss).backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_half_precision_runs_and_decides_in_fp32(variant: str) -> None:
+    model = tiny_model(dtype=torch.bfloat16, **VARIANTS[variant])
+    logits = logits_of(model, random_tokens(40), [30, 10])
+    assert logits.dtype == torch.float32 and logits.isfinite().all()
+    output = model(random_tokens(40), Documents.from_lengths([30, 10]))
+    assert output.z_loss.dtype == output.balance_loss.dtype == torch.float32
+    model.logits(output.hidden_TD).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from model_cases import TOLERANCE, VARIANTS, logits_of, random_tokens, tiny_config, tiny_model
-from op_cases import bit_equal, poisoned_memory, relative_error
 from torch import Tensor
 
+from model_cases import TOLERANCE, VARIANTS, logits_of, random_tokens, tiny_config, tiny_model
+from op_cases import bit_equal, poisoned_memory, relative_error
 from turbos.common.errors import UserError
 from turbos.common.records import Documents
 from turbos.model.generate import prefill

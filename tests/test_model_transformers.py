@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_cases import VOCABULARY, logits_of, random_tokens, tiny_model
 from torch import Tensor
 
+from model_cases import VOCABULARY, logits_of, random_tokens, tiny_model
 from turbos.common.errors import UserError
 from turbos.model.checkpoint import load_model, save_model
 
@@ -125,7 +125,8 @@ def test_a_sharded_checkpoint_loads_or_says_so(tmp_path: Path) -> None:
     try:
         model = load_model(tmp_path)
     except UserError as error:
-        assert "index" in str(error) or "shard" in str(error)
+        text = str(error).replace(str(tmp_path), "")
+        assert "index" in text or "shard" in text
         return
     tokens = random_tokens(20)
     with torch.no_grad():

@@ -9,10 +9,10 @@ import math
 
 import pytest
 import torch
-from model_cases import VARIANTS, logits_of, random_tokens, tiny_model
-from op_cases import relative_error
 from torch import Tensor
 
+from model_cases import VARIANTS, logits_of, random_tokens, tiny_model
+from op_cases import relative_error
 from turbos.model.config import ModelConfig
 
 Weights = dict[str, Tensor]

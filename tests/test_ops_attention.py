@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from op_cases import LENGTHS, assert_close, bit_equal, forward_and_gradients, poisoned_memory
 from torch import Tensor
 
+from op_cases import LENGTHS, assert_close, bit_equal, forward_and_gradients, poisoned_memory
 from turbos.common.records import Documents
 from turbos.ops import attention
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import LENGTHS, assert_close, bit_equal, forward_and_gradients, poisoned_memory
 from torch import Tensor
 
+from op_cases import LENGTHS, assert_close, bit_equal, forward_and_gradients, poisoned_memory
 from turbos.common.records import Documents
 from turbos.ops.conv import causal_conv, conv_recurrent, conv_step
 

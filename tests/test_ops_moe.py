@@ -1,4 +1,4 @@
-"""Mixture of experts: dispatch against the one-token-one-expert truth, both routers, loads and balancing losses by hand."""
+"""Mixture of experts: dispatch against the one-by-one truth, both routers, loads and balancing losses by hand."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from op_cases import assert_close, bit_equal, forward_and_gradients, poisoned_memory
 from torch import Tensor
 
+from op_cases import assert_close, bit_equal, forward_and_gradients, poisoned_memory
 from turbos.ops import moe
 
 TOKENS, WIDTH, EXPERTS, SIZE = 37, 8, 6, 12

@@ -1,4 +1,4 @@
-"""Sampling noise: finite everywhere, the Gumbel distribution, independent across seeds and positions, blind to the batch."""
+"""Sampling noise: finite, Gumbel-distributed, independent across seeds and positions, blind to the batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def draw(logits: Tensor, seeds: Tensor, positions: Tensor, temperature: float = 
 
 
 def test_hash_is_splitmix64() -> None:
-    # First outputs of the reference generator with state 0 and 1234567 (Steele, Lea & Flood 2014; Vigna's splitmix64.c).
+    # First outputs of the reference generator (Vigna's splitmix64.c) with state 0 and 1234567.
     got = [value % (1 << 64) for value in hash_bits(torch.tensor([0, 1234567])).tolist()]
     assert got == [0xE220A8397B1DCDAF, 6457827717110365317]
 

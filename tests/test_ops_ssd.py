@@ -9,9 +9,9 @@ from functools import lru_cache
 
 import pytest
 import torch
-from op_cases import LENGTHS, assert_close, bit_equal, forward_and_gradients, poisoned_memory
 from torch import Tensor
 
+from op_cases import LENGTHS, assert_close, bit_equal, forward_and_gradients, poisoned_memory
 from turbos.common.records import Documents
 from turbos.ops.ssd import ssd_chunked, ssd_recurrent, ssd_step
 

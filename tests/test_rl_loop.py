@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,7 @@ from turbos.rl.rollout import (
     training_samples,
 )
 from turbos.rl.statistics import rollout_figures, update_figures
+from turbos.train.checkpoint import latest_checkpoint
 from turbos.train.optim import OptimConfig
 from turbos.train.problems import ProblemMix
 
@@ -177,6 +180,28 @@ def test_resume_is_exact(tmp_path, lenient, updates):
         assert torch.equal(one, other), name
     changed = [not torch.equal(a, b) for a, b in zip(whole.parameters(), tiny_model().parameters(), strict=True)]
     assert sum(changed) > len(changed) // 2
+
+
+@pytest.mark.parametrize("stopped_at", [1, 2])
+def test_ctrl_c_finishes_the_step_saves_and_resumes(tmp_path, lenient, monkeypatch, stopped_at, capsys):
+    recipe = recipe_of(tmp_path, train=RLConfig(steps=3, save_every=3, threads=1))
+    whole = load_model(rl(recipe, tmp_path / "whole"))
+    step = Learner.step
+
+    def interrupted(self, number):
+        if number == stopped_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, number)
+
+    monkeypatch.setattr(Learner, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rl(recipe, tmp_path / "run")
+    assert latest_checkpoint(tmp_path / "run").name == f"step-{stopped_at + 1:06d}"
+    assert (tmp_path / "run" / "final").exists() == (stopped_at == 2)
+    monkeypatch.setattr(Learner, "step", step)
+    resumed = load_model(rl(recipe, tmp_path / "run"))
+    assert figures_of(tmp_path / "run") == figures_of(tmp_path / "whole")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
 def test_a_finished_run_is_left_alone_and_another_recipe_refused(tmp_path, lenient):

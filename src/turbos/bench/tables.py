@@ -44,7 +44,11 @@ def read_result(path: Path) -> Result:
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
         result = Result(
-            *(str(read[key]) for key in ("name", "command", "commit", "date", "machine")),
+            name=str(read["name"]),
+            command=str(read["command"]),
+            commit=str(read["commit"]),
+            date=str(read["date"]),
+            machine=str(read["machine"]),
             seeds=tuple(int(seed) for seed in read["seeds"]),
             columns=tuple(str(column) for column in read["columns"]),
             rows=tuple(tuple(row) for row in read["rows"]),

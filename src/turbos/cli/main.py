@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import re
 import shlex
@@ -23,6 +24,8 @@ from turbos import __version__
 from turbos.common.errors import UserError
 
 USER_ERROR, INTERRUPTED = 2, 130
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+"""What the disk or its owner refuses: for the user to mend, so one line instead of a traceback."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         how = f"; resume with: turbos {shlex.join(words)}" if resumes else ""
         print(f"turbos: stopped{how}", file=sys.stderr)
         return INTERRUPTED
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"turbos: error: {error.strerror}{where}; what was saved before is whole", file=sys.stderr)
+        return USER_ERROR
 
 
 def dispatch(words: Sequence[str]) -> int:

@@ -55,7 +55,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Resolve the recipe, then print it (`--dry-run`) or train."""
     stage = load_stage(args.verb)
-    recipe = load_recipe(stage.recipe, args.verb, args.recipe, args.overrides)
+    recipe: Any = load_recipe(stage.recipe, args.verb, args.recipe, args.overrides)
     if args.dry_run:
         print(json.dumps(plain_values(recipe)) if args.json else dump_recipe(recipe), end="\n" if args.json else "")
         return 0

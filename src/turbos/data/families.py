@@ -11,12 +11,16 @@ True
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 from turbos.data import worked
@@ -58,11 +62,21 @@ def unit(index: int) -> float:
 
 
 @cache
-def _gym(name: str, config: tuple[tuple[str, int], ...]) -> Any:
-    """A reasoning-gym dataset; imported here because the package takes two seconds to load."""
-    import reasoning_gym
+def _reasoning_gym() -> ModuleType:
+    """reasoning-gym, imported late because it takes seconds to load.
 
-    return reasoning_gym.create_dataset(name, seed=0, size=ENDLESS, **dict(config))
+    Its import wants `pycosat`, a SAT solver that has no ready-made builds. Only its zebra puzzles call that, and no
+    family here does; so where a machine could not build it, an empty module stands in, on which any call fails.
+    """
+    if importlib.util.find_spec("pycosat") is None:
+        sys.modules["pycosat"] = ModuleType("pycosat")
+    return importlib.import_module("reasoning_gym")
+
+
+@cache
+def _gym(name: str, config: tuple[tuple[str, int], ...]) -> Any:
+    """A reasoning-gym dataset."""
+    return _reasoning_gym().create_dataset(name, seed=0, size=ENDLESS, **dict(config))
 
 
 @cache
@@ -198,6 +212,7 @@ BINARY_MAX = (511, 1023, 4095)
 @cache
 def _to_binary(level: int) -> Any:
     """reasoning-gym's base conversion, bound to decimal -> binary (its own draw of bases hits that pair 1 in 210)."""
+    _reasoning_gym()
     from reasoning_gym.algorithmic.base_conversion import BaseConversionConfig, BaseConversionDataset
 
     class DecimalToBinary(BaseConversionDataset):
@@ -267,10 +282,12 @@ def _draw_subtraction(level: int, index: int) -> Draft | None:
 
 
 def _draw_digit_root(level: int, index: int) -> Draft | None:
-    """The digit root of a number of 3, 4 or 6 digits, with engram's sums."""
+    """The digit root of a number of 3, 4 or 6 digits; our own steps, since engram adds all digits in a single one."""
     sample = _engram("digit_root", (2, 3, 5)[level], index)
-    number = re.sub(r"[^0-9]", "", sample.problem)
-    return _own_steps(f"digit root of {number}?", sample, str((int(number) - 1) % 9 + 1))
+    number = int(re.sub(r"[^0-9]", "", sample.problem))
+    if sample.answer != str((number - 1) % 9 + 1):
+        return None
+    return Draft(f"digit root of {number}?", sample.answer, lambda: worked.digit_root(number))
 
 
 TIME_PATTERN = re.compile(r"(\d+):(\d+) \+ (\d+)h (\d+)m")

@@ -154,9 +154,9 @@ class Loader:
         chosen = [self._slot(number) for number in range(first, first + self.slots_per_batch)]
         return _batch([(part, piece) for part, pieces in chosen for piece in pieces])
 
-    def epoch_slots(self) -> dict[str, int]:
-        """How many slots make one epoch of each source."""
-        return {source.part.name: len(source) for source in self._sources}
+    def slots_in_epoch(self, name: str) -> int:
+        """How many slots make one epoch of a source (a batch has `slots_per_batch` of them)."""
+        return next(len(source) for source in self._sources if source.part.name == name)
 
 
 def batches_once(reader: ShardReader, tokens_per_batch: int) -> Iterator[Batch]:

@@ -137,6 +137,22 @@ def to_binary(number: int) -> str:
     return " ".join(steps)
 
 
+def digit_root(number: int) -> str:
+    """Digits added one after another, again until a single digit is left.
+
+    >>> digit_root(5488)
+    '5+4=9 9+8=17 17+8=25 2+5=7'
+    """
+    steps = []
+    while number > 9:
+        total, *rest = map(int, str(number))
+        for digit in rest:
+            steps.append(f"{total}+{digit}={total + digit}")
+            total += digit
+        number = total
+    return " ".join(steps) or str(number)
+
+
 def reverse(letters: str) -> str:
     """Letters in turn, each put before what is there.
 

@@ -9,6 +9,7 @@ with a shared expert, `D` dense feed-forward. A part in brackets may be repeated
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -96,6 +97,28 @@ def expand_layers(layers: str) -> str:
     return text
 
 
+# Smallest value of each size, by the sublayers that use it ("" = every model).
+_LEAST = (
+    ("", 1, ("vocab_size", "hidden_size", "max_positions")),
+    ("", 0, ("residual_multiplier",)),
+    ("A", 1, ("num_heads", "num_kv_heads", "head_dim")),
+    ("M", 1, ("mamba_heads", "mamba_head_dim", "mamba_state", "mamba_groups", "chunk_size")),
+    ("M", 2, ("conv_kernel",)),
+    ("F", 1, ("num_experts", "top_k", "expert_size")),
+    ("F", 0, ("shared_expert_size", "aux_loss", "z_loss", "bias_rate")),
+    ("D", 1, ("ffn_size",)),
+)
+_POSITIVE = (
+    *("rope_alpha", "router_scale", "norm_eps", "init_std"),
+    *("embedding_multiplier", "logits_scaling"),
+)
+_WORDS = {
+    "activation": ("swiglu", "relu2"),
+    "router": ("softmax", "sigmoid"),
+    "bias_update": ("update", "freeze", "off"),
+}
+
+
 def _impossible(config: ModelConfig) -> Iterator[str]:
     """What forbids this configuration, one line each, the option named."""
     letters = "".join(KINDS)
@@ -105,35 +128,48 @@ def _impossible(config: ModelConfig) -> Iterator[str]:
         if letter not in KINDS:
             known = ", ".join(f"{key} ({name})" for key, name in KINDS.items())
             yield f"layers {config.layers!r}: letter {letter!r} at place {place} is none of {known}"
+    yield from _impossible_numbers(config)
+    for name, words in _WORDS.items():
+        if getattr(config, name) not in words:
+            yield f"{name} {getattr(config, name)!r} is none of {', '.join(words)}"
     if "A" in config.layers:
         yield from _impossible_attention(config)
-    if "M" in config.layers:
-        yield from _impossible_mamba(config)
+    if "M" in config.layers and config.mamba_heads % config.mamba_groups:
+        yield f"mamba_heads {config.mamba_heads} must be a multiple of mamba_groups {config.mamba_groups}"
     if "F" in config.layers:
         yield from _impossible_experts(config)
-    for name in ("vocab_size", "hidden_size", "ffn_size", "max_positions"):
-        if getattr(config, name) < 1:
-            yield f"{name} must be at least 1, not {getattr(config, name)}"
+
+
+def _impossible_numbers(config: ModelConfig) -> Iterator[str]:
+    for letter, least, names in _LEAST:
+        for name in names if letter in config.layers else ():
+            if not getattr(config, name) >= least:
+                yield f"{name} must be at least {least}, not {getattr(config, name)}"
+    for name in _POSITIVE:
+        if not 0 < getattr(config, name) < math.inf:
+            yield f"{name} must be above 0 and finite, not {getattr(config, name)}"
+    for name in ("rope_theta", "attention_multiplier"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            yield f"{name} must be above 0 and finite, or null; not {value}"
 
 
 def _impossible_attention(config: ModelConfig) -> Iterator[str]:
-    if config.num_kv_heads < 1 or config.num_heads % config.num_kv_heads:
+    if config.num_heads % config.num_kv_heads:
         yield f"num_heads {config.num_heads} must be a multiple of num_kv_heads {config.num_kv_heads}"
     if config.rope_theta is not None and (config.head_dim % 2 or config.head_dim < 4):
         yield f"head_dim {config.head_dim} must be even and at least 4 for rotary positions (rope_theta)"
-
-
-def _impossible_mamba(config: ModelConfig) -> Iterator[str]:
-    if config.mamba_groups < 1 or config.mamba_heads % config.mamba_groups:
-        yield f"mamba_heads {config.mamba_heads} must be a multiple of mamba_groups {config.mamba_groups}"
-    if config.conv_kernel < 2:
-        yield f"conv_kernel must be at least 2, not {config.conv_kernel}"
-    if config.chunk_size < 1:
-        yield f"chunk_size must be at least 1, not {config.chunk_size}"
+    if config.rope_theta is None and config.rope_alpha != 1.0:
+        yield "rope_alpha stretches rotary positions: set rope_theta too, or leave rope_alpha at 1"
 
 
 def _impossible_experts(config: ModelConfig) -> Iterator[str]:
-    if not 1 <= config.top_k <= config.num_experts:
+    if config.top_k > config.num_experts:
         yield f"top_k {config.top_k} must lie between 1 and num_experts {config.num_experts}"
-    if config.bias_update != "off" and config.router != "sigmoid":
-        yield f"bias_update {config.bias_update!r} needs router 'sigmoid'; use aux_loss with 'softmax'"
+    if config.router == "softmax":
+        if config.bias_update != "off":
+            yield f"bias_update {config.bias_update!r} needs router 'sigmoid'; use aux_loss with 'softmax'"
+        if not config.router_normalise:
+            yield "router_normalise false needs router 'sigmoid': the softmax over the top-k sums to 1 by itself"
+        if config.router_scale != 1.0:
+            yield "router_scale needs router 'sigmoid'"

@@ -6,6 +6,7 @@ rounding of shared matrix products. It is not continuous batching: a batch runs 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -92,7 +93,9 @@ def generate(
     `seeds` (default 0, 1, 2, ...) decide the noise at temperature > 0. Log-probabilities are of the sampled
     distribution, nats. Errors: empty prompts, an impossible temperature, `max_new_tokens` < 1.
     """
-    _check(prompts, max_new_tokens, temperature)
+    _check(model, prompts, max_new_tokens, temperature, segment)
+    if max_batch < 1:
+        raise UserError(f"generate: max_batch must be at least 1, not {max_batch}")
     seeds = range(len(prompts)) if seeds is None else seeds
     rows = [_Row(i, tuple(prompt), seed) for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
     # Prompts of like length share a batch, so that less state lies idle.
@@ -106,9 +109,19 @@ def generate(
     ]
 
 
-def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float) -> None:
-    if any(len(prompt) == 0 for prompt in prompts):
-        raise UserError("generate: a prompt has no tokens; give at least one")
+def _check(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, segment: int
+) -> None:
+    vocabulary = model.config.vocab_size
+    for prompt in prompts:
+        if len(prompt) == 0:
+            raise UserError("generate: a prompt has no tokens; give at least one")
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            raise UserError(
+                f"generate: a prompt id lies outside vocab_size {vocabulary}: is this the model's tokenizer?"
+            )
+    if segment < 1:
+        raise UserError(f"generate: segment must be at least 1, not {segment}")
     if max_new_tokens < 1:
         raise UserError(f"generate: max_new_tokens must be at least 1, not {max_new_tokens}")
     if not 0.0 <= temperature < float("inf"):
@@ -143,6 +156,8 @@ def _append(row: _Row, token: int, logprob: float, stop_ids: frozenset[int], lim
     """Add a sampled token to a row that still runs; a finished row keeps what it has."""
     if row.finish:
         return
+    if not math.isfinite(logprob):
+        raise ValueError(f"token {len(row.ids)} of sequence {row.place} has log-probability {logprob}: broken weights?")
     row.ids.append(token)
     row.logprobs.append(logprob)
     if token in stop_ids:
@@ -163,7 +178,7 @@ def stream(
     segment: int = 1024,
 ) -> Iterator[int]:
     """Token ids as they are sampled, the stop id included; the same ids as `generate` gives."""
-    _check([prompt], max_new_tokens, temperature)
+    _check(model, [prompt], max_new_tokens, temperature, segment)
     weight = model.embed_weight
     state = HybridState.alloc(model.config, 1, len(prompt) + max_new_tokens, weight.device, weight.dtype)
     hidden_BD = prefill(model, [prompt], state, segment)

@@ -81,6 +81,8 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens_T: Tensor, documents: Documents, state: HybridState | None = None) -> Output:
         """Read packed tokens; with a state, continue its sequences and advance it in place."""
+        if tokens_T.shape[0] != documents.total:
+            raise ValueError(f"{tokens_T.shape[0]} tokens, but the documents cover {documents.total}")
         call = self._begin(documents, state)
         x_TD = F.embedding(tokens_T, self.embed_weight)
         if self.config.embedding_multiplier != 1.0:

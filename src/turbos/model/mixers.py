@@ -177,6 +177,7 @@ class Experts(nn.Module):
         self.w_in = nn.Parameter(torch.empty(config.num_experts, rows, config.hidden_size))
         self.w_out = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.expert_size))
         self.shared = DenseFFN(config, config.shared_expert_size) if config.shared_expert_size else None
+        self.selection_bias: Tensor
         if config.router == "sigmoid":
             self.register_buffer("selection_bias", torch.zeros(config.num_experts))
 

@@ -73,7 +73,7 @@ def attention_cached(
 
     `lengths[b]` counts the valid slots of row b, the document's own tokens last.
     """
-    outputs = []
+    outputs: list[Tensor] = []
     for row, (start, end) in enumerate(pairwise(documents.borders)):
         keys, values = k_BSKE[row, : lengths[row]], v_BSKE[row, : lengths[row]]
         outputs.extend(_query_blocks(q_THE[start:end], keys, values, scale))

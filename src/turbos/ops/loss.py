@@ -122,7 +122,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 def _blocks(hidden_TD: Tensor, targets_T: Tensor, vocabulary: int) -> list[tuple[Tensor, Tensor]]:
     rows = _block_rows(vocabulary)
-    targets = targets_T.clamp(min=0).split(rows)
+    targets = targets_T.where(targets_T != IGNORED, 0).split(rows)
     return list(zip(hidden_TD.split(rows), targets, strict=True))
 
 

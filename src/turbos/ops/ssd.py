@@ -236,13 +236,13 @@ class _ChunkedScan(torch.autograd.Function):
         last = list(tiles.last)
         final_DHPN = torch.addcmul(write_CHPN[last], total_CH[last][..., None, None], before_CHPN[last])
         y_THP = _untile(y_CQHP, tiles)
-        ctx.save_for_backward(x_THP, dt_TH, A_H, B_TGN, C_TGN, before_CHPN, y_THP, final_DHPN)  # type: ignore[attr-defined]
+        ctx.save_for_backward(x_THP, dt_TH, A_H, B_TGN, C_TGN, before_CHPN, y_THP, final_DHPN)
         ctx.tiles, ctx.chunk_size, ctx.with_initial = tiles, chunk_size, initial_DHPN is not None  # type: ignore[attr-defined]
         return y_THP, final_DHPN
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_THP: Tensor, dfinal_DHPN: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, dy_THP: Tensor, dfinal_DHPN: Tensor):  # type: ignore[no-untyped-def]
         x_THP, dt_TH, A_H, B_TGN, C_TGN, before_CHPN, y_THP, final_DHPN = ctx.saved_tensors
         tiles, chunk_size = ctx.tiles, ctx.chunk_size
         heads, groups = x_THP.shape[1], B_TGN.shape[1]

@@ -121,7 +121,11 @@ def reinforce(learner: Learner, run_dir: Path, resumed: Path | None) -> Path:
             if stop.is_set() and state.step < config.steps:
                 line.note(f"stopped and saved at step {state.step}; run the same command again to resume")
                 raise KeyboardInterrupt
-    return save_final(run_dir, model, learner.tokenizer)
+    final = save_final(run_dir, model, learner.tokenizer)
+    if stop.is_set():
+        # Asked for in the last step: this run is whole, but whoever runs stages in a row must stop too.
+        raise KeyboardInterrupt
+    return final
 
 
 class Learner:

@@ -85,7 +85,7 @@ def policy_loss(
 
 
 def mismatch(logprobs_T: Tensor, sampled_T: Tensor, weights_T: Tensor) -> Mismatch:
-    """How far the trainer's log-probabilities are from the sampler's before any update; k3 is of KL(sampler || trainer)."""
+    """How far trainer and sampler disagree before any update; k3 estimates KL(sampler || trainer)."""
     difference_T = (logprobs_T - sampled_T).detach().abs()
     k3_sum = float((k3(sampled_T, logprobs_T.detach()) * weights_T).sum())
     counted_T = difference_T * (weights_T > 0)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -196,7 +195,7 @@ def stop_requests() -> Iterator[threading.Event]:
         stop.set()
         restore()
         # Not through the console: the signal may have come in the middle of one of its writes.
-        os.write(sys.stderr.fileno(), b"\nstopping after this step (again: at once, without saving)\n")
+        os.write(2, b"\nstopping after this step (again: at once, without saving)\n")
 
     def restore() -> None:
         for number, handler in before.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from turbos.common.errors import UserError
 from turbos.model.config import ModelConfig
 from turbos.model.families.names import TensorName
 
@@ -85,7 +86,9 @@ def to_files(config: ModelConfig) -> dict[str, object]:
 
 
 def from_files(files: Mapping[str, Any]) -> ModelConfig:
-    """The configuration that a Granite config.json describes."""
+    """The configuration that a Granite config.json describes; `UserError` for an option that we would not honour."""
+    for problem in _not_honoured(files):
+        raise UserError(problem)
     dense = not files.get("num_local_experts")
     kinds = [_KINDS[kind] for kind in files["layer_types"]]
     heads = files["num_attention_heads"]
@@ -117,6 +120,26 @@ def from_files(files: Mapping[str, Any]) -> ModelConfig:
         logits_scaling=files.get("logits_scaling", 1.0),
         **{"expert_size": files["intermediate_size"], **options},
     )
+
+
+def _not_honoured(files: Mapping[str, Any]) -> Iterator[str]:
+    """Options of the file whose value would make us compute something else than the family does."""
+    if files.get("hidden_act", "silu") not in ("silu", "swish"):
+        yield f"hidden_act {files['hidden_act']!r}: only silu is computed here"
+    if [_number(limit) for limit in files.get("time_step_limit") or (0, "inf")] != [0.0, float("inf")]:
+        yield f"time_step_limit {files['time_step_limit']}: dt is never clamped here, only [0, inf] can be honoured"
+    if (files.get("rope_parameters") or {}).get("rope_type", "default") != "default":
+        yield f"rope_type {files['rope_parameters']['rope_type']!r}: only default rotary positions are computed here"
+    if files.get("attention_bias") or files.get("mamba_proj_bias") or not files.get("mamba_conv_bias", True):
+        yield "attention_bias, mamba_proj_bias, no mamba_conv_bias: here projections have no bias, the convolution has"
+    inner = files["mamba_expand"] * files["hidden_size"]
+    if files.get("mamba_d_head", "auto") not in ("auto", inner // files["mamba_n_heads"]):
+        yield f"mamba_d_head {files['mamba_d_head']} contradicts mamba_expand * hidden_size / mamba_n_heads"
+
+
+def _number(value: Any) -> float:
+    """A number of a config.json; transformers writes infinity as `{"__float__": "Infinity"}`."""
+    return float(value["__float__"] if isinstance(value, dict) else value)
 
 
 def _rope_theta(files: Mapping[str, Any]) -> float | None:

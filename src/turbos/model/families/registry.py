@@ -21,15 +21,15 @@ class Family:
 
     def config_json(self, config: ModelConfig) -> dict[str, object]:
         """Content of config.json."""
-        return self.module.to_files(config)  # type: ignore[no-any-return]
+        return self.module.to_files(config)
 
     def read_config(self, files: Mapping[str, object]) -> ModelConfig:
         """The configuration that a config.json describes."""
-        return self.module.from_files(files)  # type: ignore[no-any-return]
+        return self.module.from_files(files)
 
     def tensor_names(self, config: ModelConfig) -> list[TensorName]:
         """File name of each parameter and persistent buffer."""
-        return self.module.tensor_names(config)  # type: ignore[no-any-return]
+        return self.module.tensor_names(config)
 
 
 _FAMILIES = (Family("granitemoehybrid", granite), Family("turbos", native))
