@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import random
@@ -258,3 +259,13 @@ def test_figures_are_sorted_into_panels() -> None:
 def test_running_mean_keeps_a_constant_and_skips_nan() -> None:
     assert running_mean([2.0] * 7) == [2.0] * 7
     assert running_mean([1.0, math.nan, 3.0]) == [1.0, 2.0, 3.0]
+
+
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(words: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x/metrics.jsonl")
+
+    monkeypatch.setattr(main_module, "dispatch", full)
+    assert main(["pretrain", "demo"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "No space left" in lines[0] and "runs/x/metrics.jsonl" in lines[0]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -187,3 +189,16 @@ def test_samples_carry_loss_on_the_assistant_only() -> None:
     # `<think>`, the digits and `<|end|>`; `</think>` is given by the prompt.
     assert sum(short.loss_weights) == 2 + len(problem.answer)
     assert short.loss_weights[short.ids.index(tokenizer.special("</think>"))] == 0.0
+
+
+def test_reasoning_gym_loads_where_pycosat_could_not_be_built() -> None:
+    """In a fresh process that cannot import pycosat, problems are made as ever."""
+    script = (
+        "import sys, importlib.util as util\n"
+        "find = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: None if name == 'pycosat' else find(name, *rest)\n"
+        "from turbos.data.problems import make_problem\n"
+        "print(make_problem('gcd', 1, 0).question, hasattr(sys.modules['pycosat'], 'itersolve'))"
+    )
+    printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert printed.split() == [*make_problem("gcd", 1, 0).question.split(), "False"]

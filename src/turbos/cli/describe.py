@@ -83,6 +83,7 @@ def print_table(name: str, description: Description) -> None:
     table.add_row("forward work per token", f"{readable(description.flops_per_token)}FLOP")
     table.add_row("attention cache per token", f"{readable(description.kv_bytes_per_token)}B")
     table.add_row("constant state per sequence", f"{readable(description.state_bytes)}B")
+    table.add_row("routed experts multiplied by", description.expert_product)
     Console().print(table)
 
 

@@ -12,6 +12,7 @@ import torch
 from turbos.model.config import ModelConfig
 from turbos.model.lm import LanguageModel
 from turbos.model.parameters import parameter_spec
+from turbos.ops.moe import grouped_path
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Description:
     is the forward pass at short context: 2 per active matrix parameter (the head once, the embedding look-up nothing)
     plus the scan's state update and read. `kv_bytes_per_token` grows with length (at `bytes_per_number`, default bf16);
     `state_bytes` is constant: conv rows at the same width and the fp32 scan state.
+    `expert_product` says how fp32 experts are multiplied: `grouped_mm`, `loop` (one by one), or `none`.
     """
 
     layers: str
@@ -30,6 +32,7 @@ class Description:
     flops_per_token: int
     kv_bytes_per_token: int
     state_bytes: int
+    expert_product: str
 
 
 def describe(config: ModelConfig, bytes_per_number: int = 2) -> Description:
@@ -50,5 +53,17 @@ def describe(config: ModelConfig, bytes_per_number: int = 2) -> Description:
         active_params=active,
         flops_per_token=2 * multiplied + 5 * ssm_numbers,
         kv_bytes_per_token=attention * 2 * config.num_kv_heads * config.head_dim * bytes_per_number,
+        expert_product=_expert_product(config),
         state_bytes=4 * ssm_numbers + mamba * (config.conv_kernel - 1) * config.conv_channels * bytes_per_number,
     )
+
+
+def _expert_product(config: ModelConfig) -> str:
+    if "F" not in config.layers:
+        return "none"
+    widths = ((config.hidden_size, config.expert_size), (config.expert_size, config.hidden_size))
+    paths = {
+        grouped_path(torch.empty(1, rows, device="meta"), torch.empty(1, rows, columns, device="meta"))
+        for rows, columns in widths
+    }
+    return "loop" if "loop" in paths else "grouped_mm"

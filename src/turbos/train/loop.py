@@ -92,12 +92,16 @@ def train(run: Run, resumed: Path | None = None) -> Path:
         state = restore_optimizer(resumed, trainer.model, trainer.optimizer)
         trainer.step, tokens = state.step, state.tokens
     truncate_after(run.run_dir / METRICS_FILE, trainer.step)
-    active_params = describe(trainer.model.config).active_params
+    cost = describe(trainer.model.config)
     with (
         closing(MetricsLog(run.run_dir / METRICS_FILE, config.tensorboard)) as log,
-        ProgressLine(run.label, config.steps, trainer.step, active_params) as line,
+        ProgressLine(run.label, config.steps, trainer.step, cost.active_params) as line,
         stop_requests() as stop,
     ):
+        line.note(
+            f"{cost.active_params / 1e6:.2f} M active of {cost.total_params / 1e6:.2f} M parameters ({cost.layers}), "
+            f"experts by {cost.expert_product}, {config.steps - trainer.step} steps of {config.tokens_per_step} tokens"
+        )
         while trainer.step < config.steps:
             started = time.perf_counter()
             lr, batches = trainer.lr, run.batch_at(trainer.step)
