@@ -122,8 +122,9 @@ def rotate(x_THE: Tensor, positions_T: Tensor, theta: float, alpha: float = 1.0)
     """
     width = x_THE.shape[-1]
     base = theta * alpha ** (width / (width - 2))
-    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=x_THE.device) / width
-    angles = positions_T.to(torch.float32)[:, None] * (base**-exponents)[None]
+    wide = torch.float64 if x_THE.dtype == torch.float64 else torch.float32
+    exponents = torch.arange(0, width, 2, dtype=wide, device=x_THE.device) / width
+    angles = positions_T.to(wide)[:, None] * (base**-exponents)[None]
     cos, sin = angles.cos()[:, None].to(x_THE.dtype), angles.sin()[:, None].to(x_THE.dtype)
     first, second = x_THE.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

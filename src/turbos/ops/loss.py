@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from turbos.common.records import IGNORED
 
-BLOCK_ELEMENTS = 1 << 21
+BLOCK_ELEMENTS = 1 << 22
 
 
 def cross_entropy_truth(
