@@ -1,14 +1,16 @@
-"""The tokenizer and the chat renderer: text stays text, and conversations only grow."""
+"""The tokenizer: text stays text, and its files say the same to other programs."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
-from hypothesis import given, settings
+import tokenizers
+from hypothesis import given
 from hypothesis import strategies as st
 
 from turbos.common.errors import UserError
-from turbos.text.chat import Message, parse, prompt_ids, render
-from turbos.text.tokenizer import SPECIALS, Tokenizer
+from turbos.text.tokenizer import SPECIALS, TAGS, Tokenizer
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog 1234567890.\n\ndef f(x):\n    return x",
@@ -48,10 +50,38 @@ def test_transformers_reads_it(tmp_path) -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in (*TEXTS[:2], " x  y\n\n", "12 34"):
         assert theirs.encode(text, add_special_tokens=False) == TOKENIZER.encode(text)
-    turns = [{"role": "user", "content": "fox?"}, {"role": "assistant", "content": "dog", "thinking": "x"}]
-    ours = render(TOKENIZER, [Message("user", "fox?"), Message("assistant", "dog", "x")]).ids
-    assert theirs.decode(theirs.apply_chat_template(turns, tokenize=True, return_dict=False)) == TOKENIZER.decode(ours)
     assert len(theirs) == TOKENIZER.vocab_size
+    tags = [TOKENIZER.special(tag) for tag in TAGS]
+    assert theirs.decode([*tags, TOKENIZER.special("<|end|>")], skip_special_tokens=True) == "".join(TAGS)
+
+
+def test_old_files_that_mark_tags_as_special_are_read_alike(tmp_path) -> None:
+    TOKENIZER.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert sorted(token["content"] for token in content["added_tokens"] if not token["special"]) == sorted(TAGS)
+    for token in content["added_tokens"]:
+        token["special"] = True
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert Tokenizer.load(tmp_path).fingerprint == TOKENIZER.fingerprint
+
+
+def test_a_foreign_tokenizer_is_written_back_as_it_was_read(tmp_path) -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    backend.add_special_tokens(["<|im_end|>"])
+    files = {"tokenizer.json": backend.to_str(pretty=True), "tokenizer_config.json": '{"chat_template": "x"}'}
+    (tmp_path / "theirs").mkdir()
+    for name, text in files.items():
+        (tmp_path / "theirs" / name).write_text(text, encoding="utf-8")
+    foreign = Tokenizer.load(tmp_path / "theirs")
+    assert not foreign.speaks_chat and TOKENIZER.speaks_chat
+    foreign.save(tmp_path / "ours")
+    assert {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "ours").iterdir()} == files
+
+
+@given(st.lists(st.integers(0, TOKENIZER.vocab_size + 3), max_size=12))
+def test_token_bytes_add_up_to_the_decoded_text(ids: list[int]) -> None:
+    assert b"".join(map(TOKENIZER.token_bytes, ids)).decode(errors="replace") == TOKENIZER.decode(ids)
 
 
 def test_user_mistakes_are_named(tmp_path) -> None:
@@ -66,68 +96,3 @@ def test_user_mistakes_are_named(tmp_path) -> None:
         Tokenizer.load(tmp_path)
     with pytest.raises(UserError, match="no special token"):
         TOKENIZER.special("<|nope|>")
-
-
-TURNS = st.lists(
-    st.builds(Message, st.sampled_from(["system", "user", "tool"]), WILD)
-    | st.builds(Message, st.just("assistant"), WILD, st.none() | WILD),
-    max_size=5,
-)
-
-
-@given(TURNS)
-def test_rendering_only_grows_and_weights_only_the_assistant(turns: list[Message]) -> None:
-    whole = render(TOKENIZER, turns)
-    for count in range(len(turns)):
-        part = render(TOKENIZER, turns[:count])
-        assert whole.ids[: len(part.ids)] == part.ids and whole.loss_weights[: len(part.ids)] == part.loss_weights
-    assistant, end = TOKENIZER.special("<|assistant|>"), TOKENIZER.special("<|end|>")
-    weight = 0.0
-    for id, given_weight in zip(whole.ids, whole.loss_weights, strict=True):
-        assert given_weight == weight
-        weight = 1.0 if id == assistant else 0.0 if id == end else weight
-
-
-@given(WILD, st.none() | WILD)
-def test_parse_undoes_render_and_generated_ids_are_verbatim(content: str, thinking: str | None) -> None:
-    question = Message("user", "fox?")
-    ids = render(TOKENIZER, [question, Message("assistant", content, thinking)]).ids
-    prompt = prompt_ids(TOKENIZER, [question])
-    assert list(ids[: len(prompt)]) == prompt
-    turn = parse(TOKENIZER, ids[len(prompt) :])
-    assert (turn.role, turn.content, turn.thinking) == ("assistant", content, thinking)
-    assert render(TOKENIZER, [question, turn]).ids == ids
-
-
-def test_modes_open_and_close_thinking() -> None:
-    question = [Message("user", "fox?")]
-    opening, closing = TOKENIZER.special("<think>"), TOKENIZER.special("</think>")
-    auto = prompt_ids(TOKENIZER, question)
-    assert prompt_ids(TOKENIZER, question, "on") == [*auto, opening]
-    assert prompt_ids(TOKENIZER, question, "off") == [*auto, opening, closing]
-    off = render(TOKENIZER, [*question, Message("assistant", "dog", "")]).ids
-    assert list(off[: len(auto) + 2]) == [*auto, opening, closing]
-    with pytest.raises(UserError, match="auto, on or off"):
-        prompt_ids(TOKENIZER, question, "maybe")  # type: ignore[arg-type]
-
-
-@settings(max_examples=200)
-@given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1) | st.integers(0, 12), max_size=20))
-def test_parse_takes_any_ids(ids: list[int]) -> None:
-    turn = parse(TOKENIZER, ids)
-    assert turn.role == "assistant" and turn.ids == tuple(ids)[: len(turn.ids or ())]
-
-
-def test_unclosed_thinking_is_all_there_is() -> None:
-    turn = parse(TOKENIZER, [TOKENIZER.special("<think>"), *TOKENIZER.encode("fox")])
-    assert (turn.thinking, turn.content) == ("fox", "")
-    stray = parse(TOKENIZER, [*TOKENIZER.encode("fox"), TOKENIZER.special("</think>"), *TOKENIZER.encode("dog")])
-    assert (stray.thinking, stray.content) == ("fox", "dog")
-
-
-@pytest.mark.parametrize(
-    ("turn", "said"), [(Message("robot", "x"), "unknown role"), (Message("user", "x", "y"), "cannot carry thinking")]
-)
-def test_impossible_turns_are_refused(turn: Message, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        render(TOKENIZER, [turn])

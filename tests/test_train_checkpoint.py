@@ -100,7 +100,7 @@ def test_training_state_lies_apart_and_nothing_is_pickled(tmp_path: Path, tokeni
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
     apart = {name for name in names if name.startswith("trainer/")}
     assert apart == {"trainer/optimizer.safetensors", "trainer/state.json"}
-    assert {Path(name).suffix for name in names} <= {".json", ".safetensors"}
+    assert {Path(name).suffix for name in names} <= {".json", ".safetensors", ".jinja", ".md"}
     final = save_final(tmp_path, trained().model, tokenizer)
     assert {file.name for file in final.iterdir()} == names - apart
 

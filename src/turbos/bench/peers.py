@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,16 +46,27 @@ class Times:
 
 def interleave(work: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> Times:
     """Run all contestants in turn, `rounds` times after `warm_up` unmeasured ones."""
+    return interleave_timed({name: partial(seconds_of, run) for name, run in work.items()}, rounds, warm_up)
+
+
+def interleave_timed(work: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1) -> Times:
+    """The same for contestants that say themselves how many seconds their work took."""
     names = list(work)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warm_up, rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            start = time.perf_counter()
-            work[name]()
+            taken = work[name]()
             if number >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
     return Times(seconds)
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """How long a call takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def bench_model() -> LanguageModel:

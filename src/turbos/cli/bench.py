@@ -1,8 +1,9 @@
-"""`turbos bench train|prefill`: speed and memory against peers of the same shape, in one interleaved run.
+"""`turbos bench train|prefill|peers`: speed and memory against peers of the same shape, in one interleaved run.
 
-The measuring is in `turbos.bench`; here its rows are printed, as a table or as one JSON object.
+The measuring is in `turbos.bench`; here its rows are printed, as a table or as one JSON object, and drawn.
 
     turbos bench train --json
+    turbos bench peers --vllm ~/vllm-env --png peers.png
 """
 
 from __future__ import annotations
@@ -12,27 +13,38 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turbos.cli.stages import use_threads
+from turbos.common.errors import UserError
 
 if TYPE_CHECKING:
     from turbos.bench.rows import Row
+
+PNG = Path("bench-peers.png")
 
 
 def add_parser(subparsers: Any) -> None:
     """Declare the verb."""
     parser = subparsers.add_parser("bench", help="measure speed and memory against peers", allow_abbrev=False)
-    parser.add_argument("work", choices=("train", "prefill"), help="what to measure")
+    parser.add_argument("work", choices=("train", "prefill", "peers"), help="what to measure (peers: all, against all)")
     parser.add_argument("--json", action="store_true", help="stdout holds one JSON object and nothing else")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    parser.add_argument("--llama-bench", type=Path, metavar="FILE", help="with peers: this program for llama.cpp")
+    parser.add_argument("--vllm", type=Path, metavar="DIR", help="with peers: a virtual environment that has vLLM")
+    parser.add_argument("--png", type=Path, metavar="FILE", help=f"with peers: where to draw (default: {PNG})")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print the rows."""
+    options = {"--llama-bench": args.llama_bench, "--vllm": args.vllm, "--png": args.png}
+    for name, value in options.items() if args.work != "peers" else ():
+        if value is not None:
+            raise UserError(f"bench: {name} says nothing with {args.work}")
     use_threads(args.threads)
     with contextlib.redirect_stdout(sys.stderr):
-        rows = measure(args.work)
+        rows = measure(args)
     from turbos.bench.rows import rows_object, rows_table
 
     if args.json:
@@ -44,12 +56,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(work: str) -> Sequence[Row]:
+def measure(args: argparse.Namespace) -> Sequence[Row]:
     """The rows of one benchmark."""
-    if work == "train":
+    if args.work == "train":
         from turbos.bench.train import bench_train
 
         return bench_train()
-    from turbos.bench.prefill import bench_prefill
+    if args.work == "prefill":
+        from turbos.bench.prefill import bench_prefill
 
-    return bench_prefill()
+        return bench_prefill()
+    from turbos.bench.chart import draw_rows
+    from turbos.bench.contest import Elsewhere, bench_peers
+
+    rows = bench_peers(Elsewhere(args.llama_bench, args.vllm))
+    print(f"bench peers: drawn in {draw_rows(rows, args.png or PNG)}")
+    return rows

@@ -214,7 +214,12 @@ class Demo:
         write_whole(self.run_dir / "final", self._copy_final)
 
     def _copy_final(self, place: Path) -> None:
+        from turbos.eval.report import markdown_table
+        from turbos.model.card import EVALUATION, set_section
+
         shutil.copytree(self.run_dir / "rl" / "final", place, dirs_exist_ok=True)
+        command = f"Measured by `turbos demo --seed {self.recipe.seed}`, stage by stage."
+        set_section(place, EVALUATION, f"{markdown_table(self.scores())}\n{command}")
 
     def _samples(self) -> str:
         """A held-out problem of each of the first families, answered with thinking off and on."""

@@ -1,6 +1,6 @@
 """`turbos describe RECIPE|CKPT`: what a model costs in parameters, work and memory, without building it.
 
-The name is looked up as a checkpoint directory, then as a model preset (`recipes/model`), then as a pretraining recipe;
+The name is looked up as a checkpoint directory, a model preset (`recipes/model`), a pretraining recipe, then a hub id;
 `--dotted.key value` changes a recipe first. The counting is `model.describe`'s.
 
     turbos describe turbos-560b --json
@@ -31,7 +31,9 @@ def add_parser(subparsers: Any) -> None:
         allow_abbrev=False,
         epilog=f"Any key of a recipe can be set: --dotted.key VALUE. Model presets: {presets}",
     )
-    parser.add_argument("model", metavar="RECIPE|CKPT", help="model preset, pretraining recipe or checkpoint directory")
+    parser.add_argument(
+        "model", metavar="RECIPE|CKPT", help="model preset, pretraining recipe, checkpoint directory or hub id"
+    )
     parser.add_argument("--json", action="store_true", help="stdout holds one JSON object and nothing else")
 
 
@@ -66,6 +68,10 @@ def find_config(name: str, overrides: list[str]) -> ModelConfig:
         from turbos.train.pretrain import PretrainRecipe
 
         return load_recipe(PretrainRecipe, "pretrain", name, overrides).model
+    if "/" in name:
+        from turbos.model.hub import resolve_checkpoint
+
+        return find_config(str(resolve_checkpoint(name)), overrides)
     known = ", ".join([*known_recipes("model"), *known_recipes("pretrain")])
     raise UserError(f"no checkpoint directory, model preset or pretraining recipe {name!r}; known: {known}")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turbos.common.errors import UserError
@@ -26,7 +25,7 @@ LONGEST_CHARACTER = 4
 def add_parser(subparsers: Any) -> None:
     """Declare the verb."""
     parser = subparsers.add_parser("generate", help="continue a text or answer a question", allow_abbrev=False)
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="directory with config.json and tokenizer.json")
+    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory or hub id")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue, or with --chat a question")
     parser.add_argument("--chat", action="store_true", help="render the prompt as a user's turn")
     parser.add_argument("--think", choices=("auto", "on", "off"), help="with --chat: who decides on thinking")
@@ -39,27 +38,33 @@ def run(args: argparse.Namespace) -> int:
     """Load the checkpoint and write its continuation to stdout."""
     if args.think and not args.chat:
         raise UserError("--think needs --chat: only an answer has thinking")
-    from turbos.model.checkpoint import load_model
     from turbos.model.generate import stream
-    from turbos.text.chat import Message, prompt_ids
-    from turbos.text.tokenizer import END, END_OF_TEXT, Tokenizer
+    from turbos.model.package import load_package
 
-    tokenizer = Tokenizer.load(args.checkpoint)
-    model = load_model(args.checkpoint)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        sizes = f"{tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
-        raise UserError(f"{args.checkpoint}: the tokenizer has {sizes}; take both from one checkpoint")
-    if args.chat:
-        prompt = prompt_ids(tokenizer, [Message("user", args.prompt)], args.think or "auto")
-    else:
-        prompt = tokenizer.encode(args.prompt)
-    stop_ids = (tokenizer.special(END), tokenizer.special(END_OF_TEXT))
-    ids = stream(model, prompt, args.max_new_tokens, temperature=args.temperature, seed=args.seed, stop_ids=stop_ids)
+    package = load_package(args.checkpoint)
+    tokenizer, stop_ids = package.tokenizer, package.token_ids.eos
+    prompt = chat_prompt(tokenizer, args.prompt, args.think) if args.chat else tokenizer.encode(args.prompt)
+    ids = stream(
+        package.model, prompt, args.max_new_tokens, temperature=args.temperature, seed=args.seed, stop_ids=stop_ids
+    )
     for text in texts(tokenizer, (token for token in ids if token not in stop_ids)):
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")
     return 0
+
+
+def chat_prompt(tokenizer: Tokenizer, question: str, think: str | None) -> list[int]:
+    """Tokens of a user's question, in the layout that the checkpoint speaks."""
+    from turbos.text.chat import Message, prompt_ids
+    from turbos.text.foreign import foreign_prompt_ids
+
+    turns = [Message("user", question)]
+    if tokenizer.speaks_chat:
+        return prompt_ids(tokenizer, turns, think or "auto")
+    if think in ("on", "off"):
+        raise UserError(f"--think {think}: this checkpoint's chats have no thinking to open or close")
+    return foreign_prompt_ids(tokenizer, turns)
 
 
 def texts(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

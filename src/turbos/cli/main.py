@@ -50,6 +50,9 @@ VERBS = (
     Verb("generate", "turbos.cli.generate", "continue a text or answer a question"),
     Verb("plot", "turbos.cli.plot", "draw the curves of a run"),
     Verb("describe", "turbos.cli.describe", "count a model's parameters, work and memory", takes_overrides=True),
+    Verb("verify", "turbos.cli.verify", "prove that a checkpoint gives the same numbers however it is run"),
+    Verb("import", "turbos.cli.import_", "take over a checkpoint from elsewhere"),
+    Verb("export", "turbos.cli.export", "write a checkpoint for other programs"),
     Verb("bench", "turbos.cli.bench", "measure speed and memory against peers"),
 )
 

@@ -145,7 +145,12 @@ def save_recipe(recipe: DataclassInstance, run_dir: Path) -> Path:
 
 def recipe_hash(recipe: DataclassInstance) -> str:
     """16 hex digits that change whenever any value of the recipe does, and do not depend on the order of its fields."""
-    canonical = json.dumps(plain_values(recipe), sort_keys=True, ensure_ascii=True)
+    return values_hash(plain_values(recipe))
+
+
+def values_hash(values: object) -> str:
+    """The same of a recipe's plain values, as they are read from its YAML."""
+    canonical = json.dumps(values, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 

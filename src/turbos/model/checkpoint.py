@@ -1,20 +1,17 @@
-"""A model's files: `config.json` and `model.safetensors`, in the names of the family that expresses it exactly.
+"""A model's files: `config.json` and safetensors, in the names of the family that expresses it exactly.
 
 Writing and reading only; atomic replacement of whole checkpoint directories is the trainer's business, because it also
-holds the tokenizer and the optimizer's state.
+holds the tokenizer and the optimizer's state. Tokenizer, token ids and card are added by `package.py`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from turbos.common.errors import UserError
@@ -22,31 +19,54 @@ from turbos.model.config import ModelConfig
 from turbos.model.families import Family, TensorName, family_by_type, family_of
 from turbos.model.lm import LanguageModel
 from turbos.model.parameters import parameter_spec
+from turbos.model.token_ids import TokenIds
+from turbos.model.weight_files import SHARD_BYTES, Weights, open_weights, write_weights
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 FP32_BUFFERS = ("selection_bias",)
 
 
-def save_model(model: LanguageModel, directory: Path) -> None:
-    """Write config.json and model.safetensors into an existing directory."""
-    family = family_of(model.config)
-    state = model.state_dict()
-    tensors = {}
-    for name in family.tensor_names(model.config):
-        tensor = state.pop(name.ours).detach()
-        tensors[name.file] = (tensor if name.shape is None else tensor.view(name.shape)).contiguous().cpu()
-    if state:
-        raise RuntimeError(f"family {family.name} has no name for {', '.join(state)}")
-    text = json.dumps(family.config_json(model.config), indent=2)
+def save_model(
+    model: LanguageModel,
+    directory: Path,
+    *,
+    family: Family | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    token_ids: TokenIds | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write config.json and the weights into an existing directory.
+
+    `family` None takes the first that expresses the model. `dtypes` gives the numbers of a file's tensor by its name
+    (default: the model's own); `stored_dtypes` of another checkpoint writes it back bit for bit.
+    """
+    family = family or family_of(model.config)
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    names = family.tensor_names(model.config)
+    if unnamed := set(state) - {name.ours for name in names}:
+        raise RuntimeError(f"family {family.name} has no name for {', '.join(sorted(unnamed))}")
+    dtypes = dtypes or {}
+    counts: Counter[torch.dtype] = Counter()
+    for name in names:
+        counts[dtypes.get(name.file, state[name.ours].dtype)] += name.place(state[name.ours]).numel()
+    commonest = str(counts.most_common(1)[0][0]).removeprefix("torch.")
+    ids = {} if token_ids is None else token_ids.as_json()
+    text = json.dumps({**family.config_json(model.config), "dtype": commonest, **ids}, indent=2)
     (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_weights(directory, _file_tensors(names, state, dtypes), shard_bytes)
+
+
+def _file_tensors(
+    names: list[TensorName], state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
+) -> Iterator[tuple[str, Tensor]]:
+    for name in names:
+        tensor = name.place(state[name.ours])
+        yield name.file, tensor.to(dtypes.get(name.file, tensor.dtype))
 
 
 def load_config(directory: Path) -> ModelConfig:
     """The configuration of a checkpoint directory."""
-    return _read_config(directory)[1]
+    return read_family(directory)[1]
 
 
 def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -54,32 +74,28 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> LanguageM
 
     What the parameter table declares fp32 stays at least fp32 in a model of a narrower dtype.
     """
-    family, config = _read_config(directory)
+    family, config = read_family(directory)
     with torch.device("meta"):
         model = LanguageModel(config)
-    files = _weight_files(directory)
-    expected = model.state_dict()
-    state = {}
-    for name in family.tensor_names(config):
-        path = files.pop(name.file, None)
-        if path is None:
-            raise UserError(f"{directory / WEIGHTS_FILE}: tensor {name.file} is missing")
-        tensor = _read_tensor(path, name, expected[name.ours])
-        state[name.ours] = tensor.view(expected[name.ours].shape).to(_kept_dtype(name.ours, dtype))
-    if files:
-        surplus, path = sorted(files.items())[0]
-        raise UserError(f"{path}: the configuration has no place for tensor {surplus} ({len(files)} such tensors)")
+    state = {name: torch.empty(meta.shape, dtype=_kept_dtype(name, dtype)) for name, meta in model.state_dict().items()}
+    names = family.tensor_names(config)
+    with open_weights(directory) as weights:
+        _check_names(names, weights)
+        for name in names:
+            _fill(name.place(state[name.ours]), name.file, weights)
     model.load_state_dict(state, assign=True)
     # Loaded tensors come without gradients when assigned; training wants them.
     return model.requires_grad_(True)
 
 
-def _kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    wide = name.endswith(FP32_BUFFERS) or parameter_spec(name).precision == "fp32"
-    return torch.promote_types(dtype, torch.float32) if wide else dtype
+def stored_dtypes(directory: Path) -> dict[str, torch.dtype]:
+    """How each tensor of a checkpoint is stored, by its name in the files."""
+    with open_weights(directory) as weights:
+        return {name: weights.dtype(name) for name in weights.names}
 
 
-def _read_config(directory: Path) -> tuple[Family, ModelConfig]:
+def read_family(directory: Path) -> tuple[Family, ModelConfig]:
+    """The family of a checkpoint directory and its configuration; UserError naming file and field."""
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{directory}: no checkpoint here ({CONFIG_FILE} is missing); name the directory that holds it")
@@ -96,43 +112,25 @@ def _read_config(directory: Path) -> tuple[Family, ModelConfig]:
         raise UserError(f"{path}: not a model configuration ({error!r})") from error
 
 
-def _weight_files(directory: Path) -> dict[str, Path]:
-    """Which file holds each tensor: one file, or the shards that an index names."""
-    index = directory / INDEX_FILE
-    if not index.is_file():
-        path = directory / WEIGHTS_FILE
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; a checkpoint directory holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-        with _opened(path) as file:
-            return dict.fromkeys(file.keys(), path)
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): directory / Path(shard).name for name, shard in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: not an index of safetensors files ({error!r})") from error
+def _kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    wide = name.endswith(FP32_BUFFERS) or parameter_spec(name).precision == "fp32"
+    return torch.promote_types(dtype, torch.float32) if wide else dtype
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """An open safetensors file; a missing or broken one is the user's to mend."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file, though the index names it") from error
-    except SafetensorError as error:
-        raise UserError(f"{path}: broken safetensors file ({error}); copy or save the checkpoint again") from error
+def _check_names(names: list[TensorName], weights: Weights) -> None:
+    wanted = {name.file for name in names}
+    if missing := sorted(wanted - weights.names):
+        count = f" ({len(missing)} such tensors)" if len(missing) > 1 else ""
+        raise UserError(f"{weights.path_of(missing[0])}: tensor {missing[0]} is missing{count}")
+    if surplus := sorted(weights.names - wanted):
+        where, first = weights.path_of(surplus[0]), surplus[0]
+        raise UserError(f"{where}: the configuration has no place for tensor {first} ({len(surplus)} such tensors)")
 
 
-def _read_tensor(path: Path, name: TensorName, expected: Tensor) -> Tensor:
-    """One tensor of a file, checked against the shape that the configuration wants (in the file's layout)."""
-    with _opened(path) as file:
-        tensor: Tensor = file.get_tensor(name.file)
-    wanted = expected.shape if name.shape is None else expected.view(name.shape).shape
-    if tensor.shape != wanted:
-        raise UserError(f"{path}: tensor {name.file} is {list(tensor.shape)}, the configuration wants {list(wanted)}")
-    if not tensor.is_floating_point():
-        raise UserError(f"{path}: tensor {name.file} holds {tensor.dtype}, not floating-point numbers")
-    if not torch.isfinite(tensor).all():
-        raise UserError(f"{path}: tensor {name.file} holds NaN or infinity")
-    return tensor
+def _fill(place: Tensor, name: str, weights: Weights) -> None:
+    """Copy one tensor of the files into its place, checked against the shape that the configuration wants."""
+    weights.dtype(name)
+    shape, wanted = weights.shape(name), list(place.shape)
+    if shape != wanted:
+        raise UserError(f"{weights.path_of(name)}: tensor {name} is {shape}, the configuration wants {wanted}")
+    place.copy_(weights.read(name))

@@ -18,6 +18,19 @@ from typing import Literal
 from turbos.common.errors import UserError
 
 KINDS = {"M": "Mamba2", "A": "attention", "F": "mixture of experts", "D": "dense feed-forward"}
+
+TRAINING_FIELDS = ("aux_loss", "z_loss", "bias_update", "bias_rate", "init_std")
+"""Options that only training reads."""
+
+FIELDS_OF_SUBLAYERS = (
+    ("A", ("num_heads", "num_kv_heads", "head_dim", "rope_theta", "rope_alpha", "qk_norm", "attention_multiplier")),
+    ("M", ("mamba_heads", "mamba_head_dim", "mamba_state", "mamba_groups", "conv_kernel", "chunk_size")),
+    ("F", ("num_experts", "top_k", "expert_size", "shared_expert_size", "router", "router_normalise", "router_scale")),
+    ("D", ("ffn_size",)),
+    ("FD", ("activation",)),
+)
+"""Options that say nothing in a model without such sublayers."""
+
 _REPEAT = re.compile(r"\(([A-Z]+)\)\*(\d+)")
 
 
@@ -72,6 +85,9 @@ class ModelConfig:
         object.__setattr__(self, "layers", expand_layers(self.layers))
         for problem in _impossible(self):
             raise UserError(f"model: {problem}")
+        if self.attention_multiplier == self.head_dim**-0.5:
+            # One spelling for one model: files may say what None means.
+            object.__setattr__(self, "attention_multiplier", None)
 
     @property
     def mamba_inner(self) -> int:

@@ -22,7 +22,9 @@ from turbos.common.records import Batch, Sample
 from turbos.data.packing import batch_of, pack_samples
 from turbos.model.checkpoint import load_model
 from turbos.model.describe import describe
+from turbos.model.hub import resolve_checkpoint
 from turbos.model.lm import LanguageModel
+from turbos.model.package import check_vocabulary
 from turbos.rl.advantages import group_advantages
 from turbos.rl.losses import LossConfig
 from turbos.rl.objective import Objective
@@ -30,7 +32,7 @@ from turbos.rl.rollout import RolloutConfig, draw_tasks, rewards_of, sample_grou
 from turbos.rl.statistics import Update, rollout_figures, update_figures
 from turbos.text.tokenizer import Tokenizer
 from turbos.train.checkpoint import TrainingState, restore_optimizer, save_checkpoint, save_final
-from turbos.train.loop import final_checkpoint, open_run, require_fit, stop_requests
+from turbos.train.loop import final_checkpoint, open_run, stop_requests
 from turbos.train.optim import OptimConfig
 from turbos.train.problems import ProblemMix
 from turbos.train.progress import ProgressLine
@@ -64,7 +66,7 @@ class RLConfig:
 
 @dataclass(frozen=True)
 class RLRecipe:
-    """A run: `init` is a checkpoint directory with its tokenizer; `pass_mark` None is plain GRPO (see `advantages`).
+    """A run: `init` is a checkpoint (directory or hub id); `pass_mark` None is plain GRPO (see `advantages`).
 
     `problems.thinking_share` of the prompts have thinking on.
     """
@@ -85,10 +87,12 @@ def rl(recipe: RLRecipe, run_dir: Path) -> Path:
     final = final_checkpoint(run_dir)
     if final is not None:
         return final
-    start = resumed or Path(recipe.init)
+    start = resumed or resolve_checkpoint(recipe.init)
     model, tokenizer = load_model(start), Tokenizer.load(start)
-    require_fit(model.config, tokenizer)
-    reference = load_model(Path(recipe.init)).requires_grad_(False) if recipe.loss.kl_coefficient > 0 else None
+    check_vocabulary(start, tokenizer)
+    reference = None
+    if recipe.loss.kl_coefficient > 0:
+        reference = load_model(resolve_checkpoint(recipe.init)).requires_grad_(False)
     learner = Learner(recipe, model, tokenizer, reference)
     return reinforce(learner, run_dir, resumed)
 

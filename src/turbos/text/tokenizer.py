@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache, cached_property
 from pathlib import Path
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from turbos.common.errors import UserError
+from turbos.text.template import chat_template
 
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -45,24 +46,39 @@ SPECIALS = (
 )
 """Special tokens; they take the first ids, in this order."""
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|{{ message.role }}|>"
-    "{% if message.thinking is defined and message.thinking is not none %}<think>{{ message.thinking }}</think>"
-    "{% endif %}{{ message.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+"""Tokens that files mark as not special, as Qwen's do: programs that skip special tokens must still show them to their
+parsers. In memory they are special, so that text which spells them stays text."""
+
+CHAT_TOKENS = SPECIALS[: SPECIALS.index("<|spare_0|>")]
+"""What chats are made of."""
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
 )
-"""The layout of `chat.render`, for programs that read tokenizer_config.json."""
+"""Files of a foreign tokenizer that go with it."""
 
 SMALLEST_VOCABULARY = 8 * -(-(len(SPECIALS) + 256) // 8)
 
 
 class Tokenizer:
-    """A wrapper around a `tokenizers` tokenizer; it holds no other state."""
+    """A wrapper around a `tokenizers` tokenizer; a foreign one also keeps the files that it was read from."""
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, files: Mapping[str, bytes] | None = None) -> None:
         """Take a backend and tell it that text is only text."""
+        if any(not token.special for token in _tags(backend)):
+            backend = tokenizers.Tokenizer.from_str(_mark_tags(backend, special=True))
         backend.encode_special_tokens = True
         self._backend = backend
+        self._files = dict(files or {})
+        self._bytes: dict[int, bytes] = {}
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -99,22 +115,43 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for a malformed file
             raise UserError(f"cannot read tokenizer {path}: {error}") from error
-        return cls(backend)
+        tokenizer = cls(backend)
+        if tokenizer.speaks_chat:
+            return tokenizer
+        found = {name: (path.parent / name).read_bytes() for name in FILES if (path.parent / name).is_file()}
+        return cls(backend, found)
 
     def save(self, directory: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, as transformers reads them."""
+        """Write the files that transformers, vLLM and SGLang read; a foreign tokenizer's are written back unchanged."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        names = {"eos_token": END, "pad_token": PAD}
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            "chat_template": CHAT_TEMPLATE,
-            **names,
-        }
-        (directory / "tokenizer.json").write_text(self._backend.to_str(), encoding="utf-8")
-        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-        (directory / "special_tokens_map.json").write_text(json.dumps(names, indent=1), encoding="utf-8")
+        for name, content in (self._files or self._own_files()).items():
+            (directory / name).write_bytes(content)
+
+    def _own_files(self) -> dict[str, bytes]:
+        names = {"eos_token": END, "pad_token": PAD} if self.speaks_chat else {}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+        files = {"tokenizer.json": _mark_tags(self._backend, special=False)}
+        if self.speaks_chat:
+            config["chat_template"] = files["chat_template.jinja"] = self.chat_template
+            files["special_tokens_map.json"] = json.dumps(names, indent=1)
+        files["tokenizer_config.json"] = json.dumps(config, indent=1)
+        return {name: text.encode() for name, text in files.items()}
+
+    @property
+    def chat_template(self) -> str:
+        """The Jinja twin of `chat.render` for this tokenizer; a foreign tokenizer has its own in its files."""
+        return chat_template(list(self._special_ids))
+
+    @property
+    def foreign_files(self) -> Mapping[str, bytes]:
+        """Files of a foreign tokenizer as they were read, by name; empty for one of ours."""
+        return self._files
+
+    @cached_property
+    def speaks_chat(self) -> bool:
+        """Whether all tokens are there that our chats are made of."""
+        return all(name in self._special_ids for name in CHAT_TOKENS)
 
     def encode(self, text: str) -> list[int]:
         """Ids of free text, without any special token."""
@@ -136,7 +173,15 @@ class Tokenizer:
 
     @cached_property
     def _special_ids(self) -> dict[str, int]:
-        return {token.content: id for id, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        added = sorted(self._backend.get_added_tokens_decoder().items())
+        return {token.content: id for id, token in added if token.special}
+
+    def token_bytes(self, id: int) -> bytes:
+        """What a token adds to the bytes of a decoded text (this is byte-level BPE); nothing for an unknown id."""
+        if id not in self._bytes:
+            token = self._backend.id_to_token(id) if id >= 0 else None
+            self._bytes[id] = _bytes_of(token or "")
+        return self._bytes[id]
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -181,3 +226,32 @@ def _new_backend() -> tokenizers.Tokenizer:
     )
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def _tags(backend: tokenizers.Tokenizer) -> list[tokenizers.AddedToken]:
+    """Those of the chat's tags that a backend has as tokens."""
+    return [token for token in backend.get_added_tokens_decoder().values() if token.content in TAGS]
+
+
+def _mark_tags(backend: tokenizers.Tokenizer, special: bool) -> str:
+    """A backend's JSON with the tags marked as special or not."""
+    content = json.loads(backend.to_str())
+    for token in content["added_tokens"]:
+        if token["content"] in TAGS:
+            token["special"] = special
+    return json.dumps(content, ensure_ascii=False)
+
+
+@cache
+def _byte_of_letter() -> dict[str, int]:
+    """Byte-level BPE's letter for each byte, the other way round: printable bytes stand for themselves."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
+
+
+def _bytes_of(token: str) -> bytes:
+    letters = _byte_of_letter()
+    if all(letter in letters for letter in token):
+        return bytes(letters[letter] for letter in token)
+    return token.encode()

@@ -25,9 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from turbos.common.errors import UserError
-from turbos.model.checkpoint import save_model
 from turbos.model.lm import LanguageModel
+from turbos.model.package import write_package
 from turbos.text.tokenizer import Tokenizer
+from turbos.train.card import run_card
 
 SAVING = ".saving-"
 REMOVING = ".removing-"
@@ -59,7 +60,7 @@ def save_checkpoint(
         return target
 
     def write(place: Path) -> None:
-        _write_model(place, model, tokenizer)
+        write_package(place, model, tokenizer, run_card(run_dir))
         _write_trainer(place / TRAINER, state, model, optimizer)
 
     write_whole(target, write)
@@ -71,9 +72,9 @@ def save_checkpoint(
 
 
 def save_final(run_dir: Path, model: LanguageModel, tokenizer: Tokenizer) -> Path:
-    """Write `run_dir/final`: model and tokenizer only, as whole or as absent as any checkpoint."""
+    """Write `run_dir/final`: without the trainer's state, as whole or as absent as any checkpoint."""
     target = run_dir / "final"
-    write_whole(target, lambda place: _write_model(place, model, tokenizer))
+    write_whole(target, lambda place: write_package(place, model, tokenizer, run_card(run_dir)))
     return target
 
 
@@ -131,7 +132,10 @@ def remove_leftovers(run_dir: Path) -> list[Path]:
 
 
 def write_whole(target: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary sibling of `target`, sync it, rename it; UserError where the disk refuses."""
+    """Let `write` fill a temporary sibling of `target`, sync it, rename it; UserError where the disk refuses.
+
+    Whatever else stops it leaves no trace either.
+    """
     temporary = target.parent / f"{SAVING}{target.name}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -146,11 +150,9 @@ def write_whole(target: Path, write: Callable[[Path], None]) -> None:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"cannot save {target}: {error}; earlier saves are whole, make room and run again") from None
-
-
-def _write_model(place: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
-    save_model(model, place)
-    tokenizer.save(place)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _write_trainer(place: Path, state: TrainingState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

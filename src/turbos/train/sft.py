@@ -20,9 +20,11 @@ from turbos.common.machine import set_threads
 from turbos.common.records import Batch, Sample
 from turbos.data.packing import batch_of, pack_samples
 from turbos.model.checkpoint import load_model
+from turbos.model.hub import resolve_checkpoint
 from turbos.model.lm import LanguageModel
+from turbos.model.package import check_vocabulary
 from turbos.text.tokenizer import Tokenizer
-from turbos.train.loop import Run, TrainConfig, final_checkpoint, open_run, require_fit, train
+from turbos.train.loop import Run, TrainConfig, final_checkpoint, open_run, train
 from turbos.train.optim import OptimConfig
 from turbos.train.problems import Mode, ProblemMix, held_out_samples, problem_stream
 from turbos.train.trainer import Trainer, next_token_loss
@@ -32,7 +34,7 @@ MODES: tuple[Mode, ...] = ("think", "short")
 
 @dataclass(frozen=True)
 class SFTRecipe:
-    """A fine-tuning run: `init` is a checkpoint directory with tokenizer, `held_out` problems are scored per mode."""
+    """A fine-tuning run: `init` is a checkpoint (directory or hub id), `held_out` problems are scored per mode."""
 
     init: str
     train: TrainConfig
@@ -51,9 +53,9 @@ def sft(recipe: SFTRecipe, run_dir: Path) -> Path:
     resumed = open_run(recipe, run_dir)
     if (final := final_checkpoint(run_dir)) is not None:
         return final
-    start = resumed or Path(recipe.init)
+    start = resumed or resolve_checkpoint(recipe.init)
     model, tokenizer = load_model(start), Tokenizer.load(start)
-    require_fit(model.config, tokenizer)
+    check_vocabulary(start, tokenizer)
 
     def batch_at(step: int) -> Sequence[Batch]:
         return sft_batches(recipe, tokenizer, step)

@@ -1,7 +1,7 @@
 """The `granitemoehybrid` family (Granite 4.0-H): pairs of a mixer (M or A) and a feed-forward (F, or D throughout).
 
-Loads in transformers, vLLM, SGLang and llama.cpp. Training options that Granite's config has no name for are kept under
-a `turbos` key, which the others ignore.
+Loads in transformers, vLLM, SGLang and llama.cpp. Both spellings of layer kinds are read; `attention` and `mamba` are
+written, which everything reads.
 """
 
 from __future__ import annotations
@@ -11,10 +11,14 @@ from typing import Any
 
 from turbos.common.errors import UserError
 from turbos.model.config import ModelConfig
-from turbos.model.families.names import TensorName
+from turbos.model.families.fields import layer_letters, must_be, number, rope_fields, rope_obstacles, rope_theta
+from turbos.model.families.names import TensorName, attention_names, mamba_names
 
-_TRAINING_OPTIONS = ("z_loss", "init_std", "ffn_size", "num_experts", "expert_size", "top_k", "bias_update")
-_KINDS = {"mamba": "M", "linear_attention": "M", "attention": "A", "full_attention": "A"}
+# Another value of these computes something else.
+_HONOURED = {
+    **{"attention_bias": False, "mamba_proj_bias": False, "mamba_conv_bias": True},
+    "normalization_function": "rmsnorm",
+}
 
 
 def obstacles(config: ModelConfig) -> Iterator[str]:
@@ -44,7 +48,6 @@ def to_files(config: ModelConfig) -> dict[str, object]:
     # Without Mamba sublayers the sizes say nothing, but the family's own check still wants them to agree.
     inner = config.mamba_inner if "M" in mixers else config.hidden_size
     heads = config.mamba_heads if "M" in mixers else 1
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     return {
         "model_type": "granitemoehybrid",
         "architectures": ["GraniteMoeHybridForCausalLM"],
@@ -57,7 +60,7 @@ def to_files(config: ModelConfig) -> dict[str, object]:
         "attention_multiplier": config.attention_scale,
         "attention_bias": False,
         "position_embedding_type": "nope" if config.rope_theta is None else "rope",
-        **({} if config.rope_theta is None else {"rope_parameters": rope, "rope_theta": config.rope_theta}),
+        **({} if config.rope_theta is None else rope_fields(config.rope_theta)),
         "max_position_embeddings": config.max_positions,
         "mamba_n_heads": heads,
         "mamba_d_head": inner // heads,
@@ -80,8 +83,6 @@ def to_files(config: ModelConfig) -> dict[str, object]:
         "embedding_multiplier": config.embedding_multiplier,
         "residual_multiplier": config.residual_multiplier,
         "logits_scaling": config.logits_scaling,
-        "dtype": "float32",
-        "turbos": {name: getattr(config, name) for name in _TRAINING_OPTIONS},
     }
 
 
@@ -89,63 +90,58 @@ def from_files(files: Mapping[str, Any]) -> ModelConfig:
     """The configuration that a Granite config.json describes; `UserError` for an option that we would not honour."""
     for problem in _not_honoured(files):
         raise UserError(problem)
-    dense = not files.get("num_local_experts")
-    kinds = [_KINDS[kind] for kind in files["layer_types"]]
-    heads = files["num_attention_heads"]
-    multiplier = files.get("attention_multiplier", 1.0)
-    experts = {} if dense else {"num_experts": files["num_local_experts"], "top_k": files["num_experts_per_tok"]}
-    feed = "ffn_size" if dense else "shared_expert_size"
-    options = {**files.get("turbos", {}), **experts, feed: files["shared_intermediate_size"]}
+    hidden, heads, mamba_heads = files["hidden_size"], files["num_attention_heads"], files.get("mamba_n_heads", 128)
+    dense = not files.get("num_local_experts", 8)
+    experts = {} if dense else {"num_experts": files.get("num_local_experts", 8)}
+    experts |= {} if dense else {"top_k": files.get("num_experts_per_tok", 2)}
     return ModelConfig(
         vocab_size=files["vocab_size"],
-        hidden_size=files["hidden_size"],
-        layers="".join(kind + ("D" if dense else "F") for kind in kinds),
+        hidden_size=hidden,
+        layers="".join(letter + ("D" if dense else "F") for letter in _mixers(files)),
         num_heads=heads,
         num_kv_heads=files.get("num_key_value_heads") or heads,
-        head_dim=files["hidden_size"] // heads,
-        rope_theta=_rope_theta(files),
-        max_positions=files["max_position_embeddings"],
-        attention_multiplier=None if multiplier == (files["hidden_size"] // heads) ** -0.5 else multiplier,
-        mamba_heads=files["mamba_n_heads"],
-        mamba_head_dim=files["mamba_expand"] * files["hidden_size"] // files["mamba_n_heads"],
-        mamba_groups=files["mamba_n_groups"],
-        mamba_state=files["mamba_d_state"],
-        conv_kernel=files["mamba_d_conv"],
-        chunk_size=files["mamba_chunk_size"],
-        norm_eps=files["rms_norm_eps"],
+        head_dim=hidden // heads,
+        rope_theta=rope_theta(files) if files.get("position_embedding_type") == "rope" else None,
+        max_positions=files.get("max_position_embeddings", 2048),
+        attention_multiplier=files.get("attention_multiplier", 1.0),
+        mamba_heads=mamba_heads,
+        mamba_head_dim=files.get("mamba_expand", 2) * hidden // mamba_heads,
+        mamba_groups=files.get("mamba_n_groups", 1),
+        mamba_state=files.get("mamba_d_state", 256),
+        conv_kernel=files.get("mamba_d_conv", 4),
+        chunk_size=files.get("mamba_chunk_size", 256),
+        norm_eps=files.get("rms_norm_eps", 1e-6),
         tied=files.get("tie_word_embeddings", False),
         aux_loss=files.get("router_aux_loss_coef", 0.001),
         embedding_multiplier=files.get("embedding_multiplier", 1.0),
         residual_multiplier=files.get("residual_multiplier", 1.0),
         logits_scaling=files.get("logits_scaling", 1.0),
-        **{"expert_size": files["intermediate_size"], **options},
+        expert_size=files.get("intermediate_size", 11008),
+        **{"ffn_size" if dense else "shared_expert_size": files.get("shared_intermediate_size", 1024)},
+        **experts,
     )
+
+
+def _mixers(files: Mapping[str, Any]) -> str:
+    """`M` or `A` of each layer; without a list all are Mamba, as in transformers."""
+    for field in ("layer_types", "layers_block_type"):
+        if files.get(field) is not None:
+            return layer_letters(files[field], field, "MA")
+    return "M" * files["num_hidden_layers"]
 
 
 def _not_honoured(files: Mapping[str, Any]) -> Iterator[str]:
     """Options of the file whose value would make us compute something else than the family does."""
+    yield from must_be(files, _HONOURED)
     if files.get("hidden_act", "silu") not in ("silu", "swish"):
         yield f"hidden_act {files['hidden_act']!r}: only silu is computed here"
-    if [_number(limit) for limit in files.get("time_step_limit") or (0, "inf")] != [0.0, float("inf")]:
+    if [number(limit) for limit in files.get("time_step_limit") or (0, "inf")] != [0.0, float("inf")]:
         yield f"time_step_limit {files['time_step_limit']}: dt is never clamped here, only [0, inf] can be honoured"
-    if (files.get("rope_parameters") or {}).get("rope_type", "default") != "default":
-        yield f"rope_type {files['rope_parameters']['rope_type']!r}: only default rotary positions are computed here"
-    if files.get("attention_bias") or files.get("mamba_proj_bias") or not files.get("mamba_conv_bias", True):
-        yield "attention_bias, mamba_proj_bias, no mamba_conv_bias: here projections have no bias, the convolution has"
-    inner = files["mamba_expand"] * files["hidden_size"]
-    if files.get("mamba_d_head", "auto") not in ("auto", inner // files["mamba_n_heads"]):
+    if files.get("position_embedding_type") == "rope":
+        yield from rope_obstacles(files)
+    inner = files.get("mamba_expand", 2) * files["hidden_size"]
+    if files.get("mamba_d_head", "auto") not in ("auto", inner // files.get("mamba_n_heads", 128)):
         yield f"mamba_d_head {files['mamba_d_head']} contradicts mamba_expand * hidden_size / mamba_n_heads"
-
-
-def _number(value: Any) -> float:
-    """A number of a config.json; transformers writes infinity as `{"__float__": "Infinity"}`."""
-    return float(value["__float__"] if isinstance(value, dict) else value)
-
-
-def _rope_theta(files: Mapping[str, Any]) -> float | None:
-    if files.get("position_embedding_type") != "rope":
-        return None
-    return float((files.get("rope_parameters") or files).get("rope_theta", 10000.0))
 
 
 def tensor_names(config: ModelConfig) -> list[TensorName]:
@@ -163,14 +159,9 @@ def tensor_names(config: ModelConfig) -> list[TensorName]:
 
 def _mixer_names(kind: str, ours: str, theirs: str, config: ModelConfig) -> Iterator[TensorName]:
     if kind == "M":
-        yield TensorName(f"{ours}.conv_weight", f"{theirs}.mamba.conv1d.weight", (config.conv_channels, 1, -1))
-        yield TensorName(f"{ours}.conv_bias", f"{theirs}.mamba.conv1d.bias")
-        yield TensorName(f"{ours}.norm_weight", f"{theirs}.mamba.norm.weight")
-        for name in ("in_proj.weight", "dt_bias", "A_log", "D", "out_proj.weight"):
-            yield TensorName(f"{ours}.{name}", f"{theirs}.mamba.{name}")
+        yield from mamba_names(ours, f"{theirs}.mamba", config.conv_channels)
     elif kind == "A":
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            yield TensorName(f"{ours}.{name}.weight", f"{theirs}.self_attn.{name}.weight")
+        yield from attention_names(ours, f"{theirs}.self_attn")
     elif kind == "F":
         yield TensorName(f"{ours}.router_weight", f"{theirs}.block_sparse_moe.router.layer.weight")
         yield TensorName(f"{ours}.w_in", f"{theirs}.block_sparse_moe.input_linear.weight")

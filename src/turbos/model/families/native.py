@@ -12,6 +12,8 @@ from turbos.model.config import ModelConfig
 from turbos.model.families.names import TensorName
 
 _FRAME = {"model_type": "turbos", "architectures": ["TurbosForCausalLM"]}
+# Fields that describe files and tokens, not the model.
+_ASIDE = {"torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 def obstacles(config: ModelConfig) -> Iterator[str]:
@@ -27,7 +29,7 @@ def to_files(config: ModelConfig) -> dict[str, object]:
 def from_files(files: Mapping[str, object]) -> ModelConfig:
     """The configuration in a config.json."""
     known = {field.name for field in fields(ModelConfig)}
-    unknown = sorted(set(files) - known - set(_FRAME) - {"torch_dtype", "dtype", "bos_token_id", "eos_token_id"})
+    unknown = sorted(set(files) - known - set(_FRAME) - _ASIDE)
     if unknown:
         raise UserError(f"config.json: unknown fields {', '.join(unknown)}; written by another version?")
     return ModelConfig(**{name: value for name, value in files.items() if name in known})  # type: ignore[arg-type]

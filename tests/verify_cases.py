@@ -1,0 +1,65 @@
+"""What the tests of the certificate share: checkpoints of tiny models in every family, and faults planted in real code.
+
+Not a test file. A fault is a change of one line in the source of a function that is otherwise run as it is.
+
+>>> sorted(SHAPES)
+['granite', 'granite dense', 'llama', 'nemotron', 'turbos']
+"""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model_cases import tiny_model
+from turbos.model.checkpoint import save_model
+from turbos.verify.certificate import verify
+from turbos.verify.report import Check, Report
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "granite": {"layers": "MFAFMF", "residual_multiplier": 0.7, "embedding_multiplier": 3.0},
+    "granite dense": {"layers": "MDADMD", "tied": False, "rope_theta": 10000.0},
+    "nemotron": {
+        **{"layers": "MFAMDF", "tied": False, "activation": "relu2", "router": "sigmoid"},
+        **{"bias_update": "freeze", "router_scale": 1.5},
+    },
+    "llama": {"layers": "ADADAD", "rope_theta": 10000.0},
+    "turbos": {"layers": "MFADMA", "rope_theta": 10000.0, "qk_norm": True},
+}
+
+
+def saved(directory: Path, shape: str, **changes: Any) -> Path:
+    """A checkpoint of a tiny model with random weights everywhere."""
+    directory.mkdir(exist_ok=True)
+    save_model(tiny_model(**{**SHAPES[shape], **changes}), directory)
+    return directory
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, old: str, new: str) -> None:
+    """Replace `old` by `new` in the source of `owner.name` and run that instead."""
+    function = inspect.unwrap(getattr(owner, name))
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(old) == 1, f"{name} has {source.count(old)} times {old!r}"
+    made: dict[str, Any] = {}
+    exec(compile(source.replace(old, new), f"<{name} with a fault>", "exec"), function.__globals__, made)
+    monkeypatch.setattr(owner, name, made[name])
+
+
+def certificate(directory: Path, implementation: Any = "turbos") -> Report:
+    """The quick certificate."""
+    return verify(directory, quick=True, implementation=implementation)
+
+
+def check_named(report: Report, name: str) -> Check:
+    """One row."""
+    (check,) = [check for check in report.checks if check.name == name]
+    return check
+
+
+def failed(report: Report) -> dict[str, str]:
+    """Where each failed check says it fails."""
+    return {check.name: check.where for check in report.checks if not check.ok}
