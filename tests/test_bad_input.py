@@ -293,6 +293,7 @@ def test_a_path_with_dollar_signs_is_drawn_and_other_formats_are_refused(
         ["pretrain", "demo", "--run", "FILE"],
         ["pretrain", "demo", "--run", "FILE/x"],
         ["pretrain", "demo", "--run", "x" * 300],
+        ["sft", "demo", "--threads", "1", "--train.threads", "2", "--run", "RUN"],
         ["describe", "FILE"],
         ["describe", "DEEP"],
         ["generate", "CKPT", "--prompt", "a", "--seed", str(2**70)],
@@ -305,6 +306,7 @@ def test_wrong_words_are_one_line(words: list[str], tmp_path: Path, capsys: pyte
     nested.write_text("a: " + "[" * 3000)
     checkpoint = save_tiny(tmp_path / "ckpt") if "CKPT" in words else tmp_path
     places = {"FILE": str(file), "FILE/x": f"{file}/x", "DEEP": str(nested), "CKPT": str(checkpoint)}
+    places["RUN"] = str(tmp_path / "run")
     assert main([places.get(word, word) for word in words]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -60,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(plain_values(recipe)) if args.json else dump_recipe(recipe), end="\n" if args.json else "")
         return 0
     use_threads(args.threads)
+    if args.threads is not None and recipe.train.threads not in (None, args.threads):
+        raise UserError(f"--threads {args.threads} contradicts train.threads {recipe.train.threads} of the recipe")
     run_dir = args.run or Path("runs") / f"{args.verb}-{Path(args.recipe).stem}"
     from turbos.train.loop import sole_owner
 

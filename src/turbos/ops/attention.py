@@ -82,26 +82,31 @@ def attention_cached(
 def _attend_last(q_LHE: Tensor, k_SKE: Tensor, v_SKE: Tensor, scale: float) -> Tensor:
     """Causal attention of the last L of S positions: `[L, H, E]`."""
     heads, earlier = q_LHE.shape[1], k_SKE.shape[0] - q_LHE.shape[0]
+    if earlier and q_LHE.device.type == "cpu":
+        return _attend_in_two_parts(q_LHE, k_SKE, v_SKE, earlier, scale)
     q, k, v = q_LHE.transpose(0, 1)[None], _heads_first(k_SKE, heads), _heads_first(v_SKE, heads)
-    if earlier == 0:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    elif q.device.type == "cpu":
-        out = _attend_in_two_parts(q, k, v, earlier, scale)
-    else:
-        out = _attend_masked(q, k, v, earlier, scale)
-    return out[0].transpose(0, 1)
+    if earlier:
+        return _attend_masked(q, k, v, earlier, scale)[0].transpose(0, 1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[0].transpose(0, 1)
 
 
-def _attend_in_two_parts(q: Tensor, k: Tensor, v: Tensor, earlier: int, scale: float) -> Tensor:
+def _attend_in_two_parts(q_LHE: Tensor, k_SKE: Tensor, v_SKE: Tensor, earlier: int, scale: float) -> Tensor:
     """Earlier keys without a mask and own keys causally, joined by their log-partitions: no masked product is computed.
 
-    The kernel is the one that torch's attention calls on the CPU; only this way gives its log-partition as well.
+    The queries of a key head become rows of one head, so that the earlier keys are read where they lie, not copied. The
+    kernel is the one that torch's attention calls on the CPU; only this way gives its log-partition as well.
     """
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    before, log_before = kernel(q, k[:, :, :earlier], v[:, :, :earlier], 0.0, False, scale=scale)
-    own, log_own = kernel(q, k[:, :, earlier:], v[:, :, earlier:], 0.0, True, scale=scale)
-    share = torch.sigmoid(log_before - log_own)[..., None].to(own.dtype)
-    return torch.lerp(own, before, share)
+    rows, heads, width = q_LHE.shape
+    kv_heads = k_SKE.shape[1]
+    q = q_LHE.transpose(0, 1).contiguous()[None]
+    folded = q.view(1, kv_heads, -1, width)
+    k_before, v_before = (x_SKE[:earlier].transpose(0, 1)[None] for x_SKE in (k_SKE, v_SKE))
+    before, log_before = kernel(folded, k_before, v_before, 0.0, False, scale=scale)
+    k_own, v_own = (_heads_first(x_SKE[earlier:], heads) for x_SKE in (k_SKE, v_SKE))
+    own, log_own = kernel(q, k_own, v_own, 0.0, True, scale=scale)
+    share = torch.sigmoid(log_before.reshape(1, heads, rows) - log_own)[..., None].to(own.dtype)
+    return torch.lerp(own, before.reshape(own.shape), share)[0].transpose(0, 1)
 
 
 def _attend_masked(q: Tensor, k: Tensor, v: Tensor, earlier: int, scale: float) -> Tensor:
