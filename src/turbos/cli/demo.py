@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turbos.cli.stages import load_stage, use_threads
+from turbos.cli.terminal import printable
 from turbos.common.config import load_recipe
 from turbos.common.errors import UserError
 
@@ -318,12 +319,3 @@ def sample_text(off: Answer, on: Answer) -> str:
         thinking = f"<think>{printable(answer.message.thinking or '')}</think> " if answer.mode == "on" else ""
         lines.append(f"  thinking {answer.mode:<3}  {thinking}{printable(answer.message.content)}   [{mark}]")
     return "\n".join(lines) + "\n"
-
-
-def printable(text: str) -> str:
-    """A model's text on one line, without characters that could command a terminal.
-
-    >>> printable("4\\x1b[2J")
-    '4·[2J'
-    """
-    return "".join(letter if letter.isprintable() else "·" for letter in text)

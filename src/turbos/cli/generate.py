@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from turbos.cli.terminal import printable
 from turbos.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     ids = stream(model, prompt, args.max_new_tokens, temperature=args.temperature, seed=args.seed, stop_ids=stop_ids)
     encoding = sys.stdout.encoding or "utf-8"
     for text in texts(tokenizer, (token for token in ids if token not in stop_ids)):
+        if sys.stdout.isatty():
+            text = printable(text, keep="\n\t")
         # A terminal that cannot show a character shows a question mark.
         sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding))
         sys.stdout.flush()
