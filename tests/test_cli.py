@@ -19,6 +19,7 @@ from turbos.cli import main as main_module
 from turbos.cli import stages
 from turbos.cli.main import VERBS, join_overrides, main
 from turbos.cli.plot import panels_of, running_mean
+from turbos.cli.terminal import printable
 from turbos.common.errors import UserError
 from turbos.common.metrics import MetricsLog
 from turbos.model.checkpoint import save_model
@@ -269,3 +270,9 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert main(["pretrain", "demo"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "No space left" in lines[0] and "runs/x/metrics.jsonl" in lines[0]
+
+
+def test_model_text_cannot_command_a_terminal() -> None:
+    hostile = "\x1b]0;title\x07ok\r\u202e\n"
+    assert printable(hostile) == "·]0;title·ok···"
+    assert printable(hostile, keep="\n") == "·]0;title·ok··\n"

@@ -125,13 +125,36 @@ def test_demo_from_end_to_end(words, capsys):
 
     assert main([*words, "--seed", "4"]) == 2
     assert "another recipe" in capsys.readouterr().err
+    # A stage that is complete is not done again; that its recipe was changed since must not pass unnoticed.
+    Path("sft.yaml").write_text(SFT.replace("held_out: 2", "held_out: 3"))
+    assert main([*words, "--seed", "3"]) == 2
+    assert "another recipe, differing in held_out (2 -> 3)" in capsys.readouterr().err
 
 
-def test_minutes_of_an_unknown_stage_are_refused(words, capsys):
-    path = Path("demo.yaml")
-    path.write_text(path.read_text().replace("sft: 1.5", "sftt: 1.5"))
+@pytest.mark.parametrize(
+    ("file", "right", "wrong", "said"),
+    [
+        ("demo.yaml", "sft: 1.5", "sftt: 1.5", "unknown stages sftt"),
+        ("demo.yaml", "addition/1", "addition/9", "addition has levels 0 to"),
+        ("rl.yaml", "samples: 2", "samples: 1", "samples at least 2"),
+    ],
+)
+def test_what_would_fail_minutes_later_is_refused_before_anything_is_written(words, capsys, file, right, wrong, said):
+    path = Path(file)
+    path.write_text(path.read_text().replace(right, wrong))
     assert main(words) == 2
-    assert "unknown stages sftt" in capsys.readouterr().err
+    assert said in capsys.readouterr().err and not list(Path("run").iterdir())
+
+
+def test_the_seed_of_the_recipe_holds_unless_the_command_gives_one(words, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(demo_module.Demo, "check", lambda self: seeds.append(self.recipe.seed))
+    monkeypatch.setattr(demo_module.Demo, "run", lambda self: None)
+    monkeypatch.setattr(demo_module.Demo, "show", lambda self, console: None)
+    Path("demo.yaml").write_text(Path("demo.yaml").read_text() + "seed: 5\n")
+    assert main(words) == 0
+    assert main([*words, "--seed", "6"]) == 0
+    assert seeds == [5, 6]
 
 
 def test_model_text_cannot_command_a_terminal():

@@ -211,3 +211,21 @@ def test_mismatch_k3_estimates_the_divergence_of_sampler_and_trainer():
 def test_impossible_loss_options_are_refused(bad):
     with pytest.raises(UserError):
         LossConfig(**bad)
+
+
+def test_best_of_n_adds_the_likelihood_of_better_samples_only() -> None:
+    """Report p.12: `- best_of_n * log p` on tokens of positive advantage, beside the policy loss."""
+    logprobs_T = torch.tensor([-0.5, -1.0, -2.0, -0.1], dtype=torch.float64, requires_grad=True)
+    advantages_T = torch.tensor([1.0, -1.0, 0.5, 0.0], dtype=torch.float64)
+    weights_T = torch.tensor([1.0, 1.0, 0.5, 1.0], dtype=torch.float64)
+    arguments = (logprobs_T, logprobs_T.detach(), advantages_T, weights_T)
+    plain = policy_loss(*arguments, LossConfig()).loss_sum
+    added = policy_loss(*arguments, LossConfig(best_of_n=2.0)).loss_sum - plain
+    assert added.item() == pytest.approx(2.0 * (0.5 * 1.0 + 2.0 * 0.5))
+    (gradient_T,) = torch.autograd.grad(added, logprobs_T)
+    assert gradient_T.tolist() == [-2.0, 0.0, -1.0, 0.0]
+
+
+def test_a_negative_best_of_n_is_refused() -> None:
+    with pytest.raises(UserError, match="best_of_n"):
+        LossConfig(best_of_n=-1.0)

@@ -109,7 +109,7 @@ class Worker:
         self.name = name
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         self._process = subprocess.Popen(
-            [str(python), str(WORKER), program, str(path), str(threads), str(context)],
+            [str(python), "-I", str(WORKER), program, str(path), str(threads), str(context)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._complaints,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from turbos.bench.peers import bench_model, interleave, load_transformers, require_agreement, save_for_peers
 from turbos.bench.rows import Row
+from turbos.common.machine import keep_freed_memory
 from turbos.model.checkpoint import load_model
 from turbos.model.generate import prefill
 from turbos.model.lm import LanguageModel
@@ -81,6 +82,7 @@ def their_prefill(peer: nn.Module, tokens: list[int]) -> Tensor:
 
 def memory_growth(name: str, length: int, directory: Path) -> int:
     """Bytes by which one prefill raises this process's peak resident size, after a short one has warmed it up."""
+    keep_freed_memory()
     if name == "turbos":
         model = load_model(directory)
         run = lambda tokens: our_prefill(model, tokens)  # noqa: E731

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turbos.cli.stages import load_stage, use_threads
+from turbos.cli.terminal import printable
 from turbos.common.config import load_recipe
 from turbos.common.errors import UserError
 
@@ -79,7 +80,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
     parser.add_argument("--recipe", default="demo", metavar="RECIPE", help="name of a recipe, or path of a YAML file")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all stages (default 0)")
+    parser.add_argument("--seed", type=int, help="seed of all stages (default: the recipe's, 0)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument("--json", action="store_true", help="stdout holds one JSON object and nothing else")
 
@@ -88,13 +89,14 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan, do what is not done yet, show samples and the table."""
     from rich.console import Console
 
-    from turbos.train.loop import open_run
+    from turbos.train.loop import open_run, sole_owner
 
-    recipe = load_recipe(DemoRecipe, "demo", args.recipe, [f"--seed={args.seed}"])
+    recipe = load_recipe(DemoRecipe, "demo", args.recipe, [] if args.seed is None else [f"--seed={args.seed}"])
     demo = Demo(recipe, args.run, Console(file=sys.stderr))
     use_threads(args.threads)
-    open_run(recipe, args.run)
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), sole_owner(args.run):
+        demo.check()
+        open_run(recipe, args.run)
         demo.run()
     if args.json:
         print((args.run / OUTCOME_FILE).read_text(encoding="utf-8").strip())
@@ -108,6 +110,28 @@ class Demo:
 
     def __init__(self, recipe: DemoRecipe, run_dir: Path, console: Console) -> None:
         self.recipe, self.run_dir, self.console = recipe, run_dir, console
+
+    def check(self) -> None:
+        """Refuse, before anything is written, what would only fail or be passed over minutes later.
+
+        That is an unknown family or stage, a stage's recipe that cannot be, and one that is not the recipe of what has
+        been trained already.
+        """
+        from turbos.eval.problems import parse_family
+        from turbos.train.loop import has_begun, require_same_recipe
+
+        for family in self.recipe.families:
+            parse_family(family)
+        known = [stage.name for stage in self.stages()]
+        unknown = sorted(self.recipe.minutes.keys() - set(known))
+        if unknown:
+            raise UserError(
+                f"demo recipe: minutes for unknown stages {', '.join(unknown)}; stages are {', '.join(known)}"
+            )
+        for name in TRAINED:
+            recipe = self._stage_recipe(name)
+            if has_begun(self.run_dir / name):
+                require_same_recipe(recipe, self.run_dir / name)
 
     def run(self) -> None:
         """Do every stage that is not complete, in order, and keep the time it took."""
@@ -238,10 +262,6 @@ class Demo:
 
     def _print_plan(self, stages: list[Stage]) -> None:
         minutes = self.recipe.minutes
-        unknown = sorted(minutes.keys() - {stage.name for stage in stages})
-        if unknown:
-            known = ", ".join(stage.name for stage in stages)
-            raise UserError(f"demo recipe: minutes for unknown stages {', '.join(unknown)}; stages are {known}")
         left = sum(minutes.get(stage.name, 0.0) for stage in stages if not stage.is_done())
         self.console.print(
             f"TurboS demo in {self.run_dir}, seed {self.recipe.seed}: about {left:.0f} minutes to go on 2 cores.\n"
@@ -304,12 +324,3 @@ def sample_text(off: Answer, on: Answer) -> str:
         thinking = f"<think>{printable(answer.message.thinking or '')}</think> " if answer.mode == "on" else ""
         lines.append(f"  thinking {answer.mode:<3}  {thinking}{printable(answer.message.content)}   [{mark}]")
     return "\n".join(lines) + "\n"
-
-
-def printable(text: str) -> str:
-    """A model's text on one line, without characters that could command a terminal.
-
-    >>> printable("4\\x1b[2J")
-    '4·[2J'
-    """
-    return "".join(letter if letter.isprintable() else "·" for letter in text)

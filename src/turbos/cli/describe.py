@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from turbos.common.config import known_recipes, load_recipe, parse_yaml
+from turbos.common.config import known_recipes, load_recipe, read_values
 from turbos.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def find_config(name: str, overrides: list[str]) -> ModelConfig:
             raise UserError(f"{name} is a checkpoint, whose shape is fixed; {overrides[0]} can only change a recipe")
         return load_config(path)
     is_file = path.suffix in (".yaml", ".yml") and path.is_file()
-    if name in known_recipes("model") or (is_file and "model" not in parse_yaml(path.read_text("utf-8"), name)):
+    if name in known_recipes("model") or (is_file and "model" not in read_values(path)):
         return load_recipe(ModelConfig, "model", name, overrides)
     if name in known_recipes("pretrain") or is_file:
         from turbos.train.pretrain import PretrainRecipe

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from turbos.cli.terminal import printable
 from turbos.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ def run(args: argparse.Namespace) -> int:
     """Load the checkpoint and write its continuation to stdout."""
     if args.think and not args.chat:
         raise UserError("--think needs --chat: only an answer has thinking")
+    if not -(2**63) <= args.seed < 2**63:
+        raise UserError(f"--seed must fit into 64 bits, not {args.seed}")
+    if any("\ud800" <= letter <= "\udfff" for letter in args.prompt):
+        raise UserError("--prompt is not valid text in this terminal's encoding")
     from turbos.model.generate import stream
     from turbos.model.package import load_package
 
@@ -47,8 +52,12 @@ def run(args: argparse.Namespace) -> int:
     ids = stream(
         package.model, prompt, args.max_new_tokens, temperature=args.temperature, seed=args.seed, stop_ids=stop_ids
     )
+    encoding = sys.stdout.encoding or "utf-8"
     for text in texts(tokenizer, (token for token in ids if token not in stop_ids)):
-        sys.stdout.write(text)
+        if sys.stdout.isatty():
+            text = printable(text, keep="\n\t")
+        # A terminal that cannot show a character shows a question mark.
+        sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding))
         sys.stdout.flush()
     sys.stdout.write("\n")
     return 0

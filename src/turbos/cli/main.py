@@ -1,8 +1,8 @@
 """`turbos <verb>`: finds the verb's module, imports only that, and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 2 a mistake that the user can mend (`UserError`, wrong arguments), 130 stopped by Ctrl-C. Anything
-else is a defect and keeps its traceback. This module knows no verb's options: each verb's module declares its own with
-`add_parser(subparsers)` and does its work in `run(args) -> int`.
+Exit codes: 0 done, 2 a mistake that the user can mend (`UserError`, wrong arguments), 130 stopped by Ctrl-C, 141 the
+reader of the output went away. Anything else is a defect and keeps its traceback. This module knows no verb's options:
+each verb's module declares its own with `add_parser(subparsers)` and does its work in `run(args) -> int`.
 
     turbos --help                                     # imports no torch
     turbos pretrain demo --train.steps 50 --dry-run   # prints the recipe
@@ -14,6 +14,7 @@ import argparse
 import difflib
 import errno
 import importlib
+import os
 import re
 import shlex
 import sys
@@ -23,9 +24,13 @@ from dataclasses import dataclass
 from turbos import __version__
 from turbos.common.errors import UserError
 
-USER_ERROR, INTERRUPTED = 2, 130
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-"""What the disk or its owner refuses: for the user to mend, so one line instead of a traceback."""
+USER_ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
+DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+)
+"""What the disk, its owner or a wrong path refuses: for the user to mend, so one line instead of a traceback."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line (default: this process's) and return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return dispatch(words)
+        code = dispatch(words)
+        # Here and not at the interpreter's end, where a full disk or a closed pipe would be an ugly message.
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"turbos: error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR
@@ -70,6 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         how = f"; resume with: turbos {shlex.join(words)}" if resumes else ""
         print(f"turbos: stopped{how}", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has enough (`turbos generate ... | head`). Nothing more may be flushed into the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

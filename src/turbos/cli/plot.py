@@ -85,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     """Draw each run of the folder and print the paths."""
     inner = sorted(path.parent for path in args.run_dir.glob(f"*/{METRICS_FILE}"))
     runs = [args.run_dir] if (args.run_dir / METRICS_FILE).is_file() or not inner else inner
+    if args.out and args.out.suffix.lower() != ".png":
+        raise UserError(f"--out {args.out}: the picture is a PNG, give it a name that ends in .png")
     if args.out and len(runs) > 1:
         raise UserError(f"{args.run_dir} holds {len(runs)} runs; name one of them to use --out")
     for run_dir in runs:
@@ -141,7 +143,8 @@ def draw(panels: Sequence[Panel], title: str, out: Path) -> None:
     rows = math.ceil(len(panels) / columns)
     size = (PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows)
     figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10, color="0.35")
+    # A path may hold dollar signs, which would begin a formula.
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, color="0.35", parse_math=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, panel in zip(grid.flat, panels, strict=False):

@@ -60,8 +60,12 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(plain_values(recipe)) if args.json else dump_recipe(recipe), end="\n" if args.json else "")
         return 0
     use_threads(args.threads)
+    if args.threads is not None and recipe.train.threads not in (None, args.threads):
+        raise UserError(f"--threads {args.threads} contradicts train.threads {recipe.train.threads} of the recipe")
     run_dir = args.run or Path("runs") / f"{args.verb}-{Path(args.recipe).stem}"
-    with contextlib.redirect_stdout(sys.stderr):
+    from turbos.train.loop import sole_owner
+
+    with contextlib.redirect_stdout(sys.stderr), sole_owner(run_dir):
         final = stage.train(recipe, run_dir)
     if args.json:
         outcome = {"verb": args.verb, "run": str(run_dir), "final": str(final), "recipe_hash": recipe_hash(recipe)}
@@ -87,12 +91,13 @@ def load_stage(verb: str) -> Stage:
 
 
 def use_threads(count: int | None) -> None:
-    """Let torch compute with so many threads; None leaves its choice."""
-    from turbos.common.machine import set_threads
+    """Get this process ready to compute: so many threads (None leaves torch's choice), freed memory kept for reuse."""
+    from turbos.common.machine import keep_freed_memory, set_threads
 
     if count is not None and count < 1:
         raise UserError(f"--threads must be at least 1, not {count}")
     set_threads(count)
+    keep_freed_memory()
 
 
 def last_values(run_dir: Path) -> Mapping[str, float | str | None]:

@@ -67,11 +67,16 @@ def load_recipe(cls: type[Recipe], kind: str, name_or_path: str, overrides: Sequ
     key or a value of the wrong type raises `UserError`, which names the nearest known one or the expected type.
     """
     path = find_recipe(kind, name_or_path)
+    return resolve_recipe(cls, read_values(path), overrides, where=str(path))
+
+
+def read_values(path: Path) -> Mapping[str, object]:
+    """The plain nested values of a recipe file; UserError where it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read recipe {path}: {error}") from error
-    return resolve_recipe(cls, parse_yaml(text, str(path)), overrides, where=str(path))
+    return parse_yaml(text, str(path))
 
 
 def resolve_recipe(
@@ -136,10 +141,12 @@ def dump_recipe(recipe: DataclassInstance) -> str:
 
 
 def save_recipe(recipe: DataclassInstance, run_dir: Path) -> Path:
-    """Write `recipe.yaml` in the run's folder (made if missing); returns its path."""
+    """Write `recipe.yaml` in the run's folder (made if missing), whole or not at all; returns its path."""
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / RECIPE_FILE
-    path.write_text(dump_recipe(recipe), encoding="utf-8")
+    partial = path.with_suffix(".partial")
+    partial.write_text(dump_recipe(recipe), encoding="utf-8")
+    partial.replace(path)
     return path
 
 
@@ -328,6 +335,8 @@ def parse_yaml(text: str, where: str) -> Mapping[str, object]:
         values = yaml.load(text, Loader=core_loader())
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise UserError(f"{where} is nested too deeply") from error
     if not isinstance(values, Mapping | None):
         raise UserError(f"{where} must hold keys and values, not a {type(values).__name__}")
     return values or {}

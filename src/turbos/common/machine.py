@@ -8,6 +8,7 @@ Not a profiler: `sgemm_flops` is one number, the best fp32 matmul rate of the pr
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import time
@@ -16,6 +17,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's `mallopt`."""
 
 SGEMM_SIZE = 1024
 """Side of the square matrices that are multiplied: 12 MiB in all, far beyond the L2 cache."""
@@ -58,6 +62,18 @@ def set_threads(count: int | None) -> None:
     """Let torch compute with `count` threads; None leaves torch's choice."""
     if count is not None:
         torch.set_num_threads(count)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for the next tensor (glibc only; elsewhere nothing happens).
+
+    By default it hands blocks of megabytes back at once, and the next operation pays for fresh, zeroed pages: measured
+    here, about 8 % of a prefill. The process's peak stays the same, it just shrinks later.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def sgemm_flops(seconds: float = 0.3) -> float:

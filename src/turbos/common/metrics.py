@@ -19,7 +19,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from turbos.common.errors import UserError
 
@@ -63,14 +63,22 @@ def read_metrics(path: Path) -> list[Mapping[str, float | str]]:
     """All whole records in the order they were written; null is read as NaN. A missing file raises `UserError`."""
     if not path.is_file():
         raise UserError(f"no metrics at {path}; give the folder of a run that has logged at least one step")
-    records: list[Mapping[str, float | str]] = []
-    for number, line in enumerate(whole_lines(path), start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}, is not a metrics record: {error}") from error
-        records.append({name: math.nan if value is None else value for name, value in record.items()})
-    return records
+    return [
+        {name: math.nan if value is None else value for name, value in record_of(line, path, number).items()}
+        for number, line in enumerate(whole_lines(path), start=1)
+    ]
+
+
+def record_of(line: str, path: Path, number: int) -> dict[str, Any]:
+    """A line's record, its numbers that are not finite as None; UserError where it is none (a damaged file)."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}, line {number}, is not a metrics record: {error}") from error
+    is_record = isinstance(record, dict) and type(record.get("step")) is int
+    if not is_record or not all(isinstance(value, float | int | str | None) for value in record.values()):
+        raise UserError(f"{path}, line {number}, is not a metrics record: take the line out or mend it")
+    return dict(record)
 
 
 def truncate_after(path: Path, step: int) -> None:
@@ -80,7 +88,8 @@ def truncate_after(path: Path, step: int) -> None:
     """
     if not path.is_file():
         return
-    kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= step]
+    lines = enumerate(whole_lines(path), start=1)
+    kept = [line for number, line in lines if record_of(line, path, number)["step"] <= step]
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.writelines(kept)

@@ -84,8 +84,8 @@ def _source_shards(
     stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(name).name) + "-" + key
     shards = SourceShards(name, directory / f"{stem}.train.shard", directory / f"{stem}.held-out.shard")
     if shards.train.is_file() and shards.held_out.is_file():
-        ShardReader(shards.train, tokenizer)
-        ShardReader(shards.held_out, tokenizer)
+        for path in (shards.train, shards.held_out):
+            ShardReader(path, tokenizer).verify()
         return shards
     texts = list(_first(unique(documents(name, cache_dir)), megabytes))
     if not texts:

@@ -8,6 +8,7 @@ knows of ranks or of devices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,6 +44,11 @@ class Piece:
     end: int
     document_end: int
 
+    @property
+    def predicts(self) -> bool:
+        """Whether any token of it has a next one."""
+        return self.start + 1 < self.document_end
+
 
 def _pieces(readers: Sequence[ShardReader], longest: int) -> list[Piece]:
     """Every document of the shards, long ones cut into pieces of at most `longest` tokens."""
@@ -66,7 +72,12 @@ class _Slots:
         # Shuffled before packing, so that documents of equal length meet in no order of the corpus.
         order = np.random.default_rng([*self._key]).permutation(len(pieces))
         self._pieces = [pieces[index] for index in order]
-        self._slots = pack_lengths([piece.end - piece.start for piece in self._pieces], slot_tokens)
+        packed = pack_lengths([piece.end - piece.start for piece in self._pieces], slot_tokens)
+        # A cut may leave a document's last token alone, which its predecessor has predicted already. A slot of nothing
+        # but such tokens has no loss.
+        self._slots = [slot for slot in packed if any(self._pieces[index].predicts for index in slot)]
+        if not self._slots:
+            raise UserError(f"source {part.name!r} has only empty documents: leave it out or name another")
         self._epoch, self._order = -1, order
 
     def __len__(self) -> int:
@@ -122,12 +133,12 @@ class Loader:
         only documents longer than a batch are cut; several slots mix sources within each batch).
         Raises UserError for an empty mixture or source, a weight <= 0, or a slot longer than the batch.
         """
-        slot = longest_document or tokens_per_batch
+        slot = tokens_per_batch if longest_document is None else longest_document
         if not parts:
             raise UserError("the mixture names no source: add at least one")
         for part in parts:
-            if not part.weight > 0:
-                raise UserError(f"source {part.name!r} has weight {part.weight}: weights are above 0")
+            if not 0 < part.weight < math.inf:
+                raise UserError(f"source {part.name!r} has weight {part.weight}: weights are above 0 and finite")
         if not 2 <= slot <= tokens_per_batch:
             raise UserError(f"longest_document must be from 2 to tokens_per_batch ({tokens_per_batch}), got {slot}")
         self.slot_tokens, self.slots_per_batch = slot, tokens_per_batch // slot

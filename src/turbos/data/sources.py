@@ -35,6 +35,9 @@ PIECE_CHARACTERS = 6000
 TEXT_FIELDS = ("text", "content")
 """Where a JSON object or a table keeps its text; the first that is there counts."""
 
+TEXT_TYPES = ("string", "large_string", "string_view")
+"""Arrow's types of text; a column of bytes, numbers or lists is refused, not printed."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -213,11 +216,16 @@ def _local(path: Path) -> Iterator[str]:
 
 def _lines(path: Path) -> Iterator[str]:
     """Lines of a UTF-8 file, with their ends; UserError where it is none."""
+    number = 0
     try:
         with path.open(encoding="utf-8") as file:
-            yield from file
+            for line in file:
+                number += 1
+                yield line
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first") from error
+        # The file is decoded in blocks, so the place is only known to lie behind the last whole line.
+        where = f"after line {number}" if number else "at its beginning"
+        raise UserError(f"{path} is not UTF-8 text ({error.reason}, {where}): convert it first") from error
 
 
 def _text_file(path: Path) -> Iterator[str]:
@@ -231,7 +239,7 @@ def _json_lines(path: Path) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} line {number} is not JSON: {error}") from error
         yield _text_of(row, f"{path} line {number}")
 
@@ -244,13 +252,16 @@ def _parquet(path: Path) -> Iterator[str]:
         raise UserError(f"reading {path} needs pyarrow: pip install pyarrow") from error
     try:
         table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is not a parquet file: {error}") from error
-    column = next((field for field in TEXT_FIELDS if field in table.schema_arrow.names), None)
-    if column is None:
-        raise UserError(f"{path} has no column {' or '.join(TEXT_FIELDS)}: it has {table.schema_arrow.names}")
-    for batch in table.iter_batches(batch_size=1024, columns=[column]):
-        yield from (str(text) for text in batch.column(0).to_pylist() if text is not None)
+        column = next((field for field in TEXT_FIELDS if field in table.schema_arrow.names), None)
+        if column is None:
+            raise UserError(f"{path} has no column {' or '.join(TEXT_FIELDS)}: it has {table.schema_arrow.names}")
+        kind = str(table.schema_arrow.field(column).type)
+        if kind not in TEXT_TYPES:
+            raise UserError(f"{path}: column {column} holds {kind}, not text")
+        for batch in table.iter_batches(batch_size=1024, columns=[column]):
+            yield from (text for text in batch.column(0).to_pylist() if text is not None)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a parquet file, or damaged: {error}") from error
 
 
 READERS: dict[str, Callable[[Path], Iterator[str]]] = {".txt": _text_file, ".jsonl": _json_lines, ".parquet": _parquet}
@@ -260,7 +271,11 @@ def _text_of(row: Any, where: str) -> str:
     """The text field of a row; UserError where it has none."""
     for field in TEXT_FIELDS:
         if isinstance(row, dict) and isinstance(row.get(field), str):
-            return str(row[field])
+            text: str = row[field]
+            # JSON can spell half a surrogate pair, which is no character and has no UTF-8.
+            if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise UserError(f"{where} holds half a surrogate pair: mend or leave out that text")
+            return text
     raise UserError(f"{where} has no text field ({' or '.join(TEXT_FIELDS)})")
 
 
@@ -273,5 +288,6 @@ def _dataset(name: str) -> Iterator[str]:
     try:
         rows = datasets.load_dataset(name, split="train", streaming=True)
     except Exception as error:  # whatever the network or the repository brings
-        raise UserError(f"cannot open datasets:{name}: {str(error).splitlines()[0]}") from error
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"cannot open datasets:{name}: {first}") from error
     return (_text_of(row, f"a row of datasets:{name}") for row in rows)

@@ -31,7 +31,11 @@ FIELDS_OF_SUBLAYERS = (
 )
 """Options that say nothing in a model without such sublayers."""
 
-_REPEAT = re.compile(r"\(([A-Z]+)\)\*(\d+)")
+_REPEAT = re.compile(r"\(([A-Z]+)\)\*(\d{1,6})")
+LONGEST_STACK = 10_000
+"""Most sublayers of a model: a slip such as `(MF)*99999999` is refused instead of filling the memory."""
+LARGEST_SIZE = 2**24
+"""Largest size of any kind, for the same reason."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +110,14 @@ class ModelConfig:
 
 
 def expand_layers(layers: str) -> str:
-    """`"(MF)*3AF"` -> `"MFMFMFAF"`; what is not brackets stays as it is."""
+    """`"(MF)*3AF"` -> `"MFMFMFAF"`; what is not brackets stays as it is. UserError for a stack that is too long."""
     text = layers.replace(" ", "")
-    while _REPEAT.search(text):
-        text = _REPEAT.sub(lambda found: found[1] * int(found[2]), text)
+    while found := _REPEAT.search(text):
+        if len(found[1]) * int(found[2]) > LONGEST_STACK:
+            raise UserError(f"model: layers: {found[0][:80]} makes more than {LONGEST_STACK} sublayers")
+        text = text[: found.start()] + found[1] * int(found[2]) + text[found.end() :]
+    if len(text) > LONGEST_STACK:
+        raise UserError(f"model: layers names {len(text)} sublayers, at most {LONGEST_STACK} are possible")
     return text
 
 
@@ -161,6 +169,8 @@ def _impossible_numbers(config: ModelConfig) -> Iterator[str]:
         for name in names if letter in config.layers else ():
             if not getattr(config, name) >= least:
                 yield f"{name} must be at least {least}, not {getattr(config, name)}"
+            if getattr(config, name) > LARGEST_SIZE:
+                yield f"{name} must be at most {LARGEST_SIZE}, not {getattr(config, name)}"
     for name in _POSITIVE:
         if not 0 < getattr(config, name) < math.inf:
             yield f"{name} must be above 0 and finite, not {getattr(config, name)}"

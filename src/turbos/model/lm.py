@@ -24,6 +24,7 @@ from turbos.model.config import ModelConfig
 from turbos.model.mixers import Experts, Pass, build_mixer
 from turbos.model.parameters import init_parameters
 from turbos.model.state import HybridState
+from turbos.ops.linear import linear
 from turbos.ops.norm import rms_norm
 
 
@@ -105,7 +106,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Logits `[T, V]` in fp32 (float64 where the model is)."""
-        logits_TV = F.linear(hidden_TD, self.head_weight)
+        logits_TV = linear(hidden_TD, self.head_weight)
         wide = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
         return wide if self.logit_scale == 1.0 else wide * self.logit_scale
 

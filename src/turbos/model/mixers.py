@@ -21,6 +21,7 @@ from turbos.model.state import KVCache, MambaState
 from turbos.ops import attention as attention_ops
 from turbos.ops import moe
 from turbos.ops.conv import causal_conv, conv_step
+from turbos.ops.linear import linear
 from turbos.ops.norm import gated_rms_norm, rms_norm
 from turbos.ops.ssd import ssd_chunked, ssd_step
 
@@ -67,7 +68,7 @@ class Mamba2(nn.Module):
     def forward(self, x_TD: Tensor, call: Pass, state: MambaState | None) -> Tensor:
         """`[T, D] -> [T, D]`; a given state is advanced in place."""
         config = self.config
-        z_TI, xBC_TC, dt_TH = self.in_proj(x_TD).split(
+        z_TI, xBC_TC, dt_TH = linear(x_TD, self.in_proj.weight).split(
             [config.mamba_inner, config.conv_channels, config.mamba_heads], dim=-1
         )
         wide = torch.float64 if dt_TH.dtype == torch.float64 else torch.float32
@@ -80,7 +81,7 @@ class Mamba2(nn.Module):
         y_THP = self._scan(x_THP, dt_TH, B_TGN, C_TGN, call, state)
         y_THP = torch.addcmul(y_THP, x_THP, self.D.to(x_THP.dtype)[:, None])
         y_TI = gated_rms_norm(y_THP.flatten(1), z_TI, self.norm_weight, config.norm_eps, config.mamba_groups)
-        return self.out_proj(y_TI)
+        return linear(y_TI, self.out_proj.weight)
 
     def _convolve(self, x_TC: Tensor, call: Pass, state: MambaState | None) -> Tensor:
         if state is None:
@@ -126,16 +127,16 @@ class Attention(nn.Module):
     def forward(self, x_TD: Tensor, call: Pass, state: KVCache | None) -> Tensor:
         """`[T, D] -> [T, D]`; keys and values are written into a given state."""
         config = self.config
-        q_THE = self.q_proj(x_TD).unflatten(-1, (config.num_heads, config.head_dim))
-        k_TKE = self.k_proj(x_TD).unflatten(-1, (config.num_kv_heads, config.head_dim))
-        v_TKE = self.v_proj(x_TD).unflatten(-1, (config.num_kv_heads, config.head_dim))
+        q_THE = linear(x_TD, self.q_proj.weight).unflatten(-1, (config.num_heads, config.head_dim))
+        k_TKE = linear(x_TD, self.k_proj.weight).unflatten(-1, (config.num_kv_heads, config.head_dim))
+        v_TKE = linear(x_TD, self.v_proj.weight).unflatten(-1, (config.num_kv_heads, config.head_dim))
         if config.qk_norm:
             q_THE = rms_norm(q_THE, self.q_norm_weight, config.norm_eps)
             k_TKE = rms_norm(k_TKE, self.k_norm_weight, config.norm_eps)
         if config.rope_theta is not None:
             q_THE = attention_ops.rotate(q_THE, call.positions_T, config.rope_theta, config.rope_alpha)
             k_TKE = attention_ops.rotate(k_TKE, call.positions_T, config.rope_theta, config.rope_alpha)
-        return self.o_proj(self._attend(q_THE, k_TKE, v_TKE, call, state).flatten(1))
+        return linear(self._attend(q_THE, k_TKE, v_TKE, call, state).flatten(1), self.o_proj.weight)
 
     def _attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, call: Pass, state: KVCache | None) -> Tensor:
         scale = self.config.attention_scale
@@ -163,7 +164,7 @@ class DenseFFN(nn.Module):
 
     def forward(self, x_TD: Tensor, call: Pass, state: None) -> Tensor:
         """`[T, D] -> [T, D]`."""
-        return self.w_out(moe.activate(self.w_in(x_TD), self.activation))
+        return linear(moe.activate(linear(x_TD, self.w_in.weight), self.activation), self.w_out.weight)
 
 
 class Experts(nn.Module):

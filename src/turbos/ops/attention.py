@@ -9,7 +9,6 @@ Shapes: T tokens, B sequences, S cache slots, H query heads, K key/value heads (
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -76,25 +75,50 @@ def attention_cached(
     outputs: list[Tensor] = []
     for row, (start, end) in enumerate(pairwise(documents.borders)):
         keys, values = k_BSKE[row, : lengths[row]], v_BSKE[row, : lengths[row]]
-        outputs.extend(_query_blocks(q_THE[start:end], keys, values, scale))
+        outputs.append(_attend_last(q_THE[start:end], keys, values, scale))
     return torch.cat(outputs)
 
 
-def _query_blocks(q_LHE: Tensor, k_SKE: Tensor, v_SKE: Tensor, scale: float) -> Iterator[Tensor]:
-    """Causal attention of the last L of S positions, in blocks of queries that see only the keys they may."""
+def _attend_last(q_LHE: Tensor, k_SKE: Tensor, v_SKE: Tensor, scale: float) -> Tensor:
+    """Causal attention of the last L of S positions: `[L, H, E]`."""
     heads, earlier = q_LHE.shape[1], k_SKE.shape[0] - q_LHE.shape[0]
-    k, v = _heads_first(k_SKE, heads), _heads_first(v_SKE, heads)
-    rows = q_LHE.shape[0] if earlier == 0 else QUERY_ROWS
-    for start in range(0, q_LHE.shape[0], rows):
-        q = q_LHE[start : start + rows].transpose(0, 1)[None]
-        seen = earlier + start + q.shape[2]
-        mask = None
-        if earlier:
-            last = torch.arange(seen - q.shape[2], seen, device=q.device)
-            mask = torch.arange(seen, device=q.device) <= last[:, None]
-        yield F.scaled_dot_product_attention(
-            q, k[:, :, :seen], v[:, :, :seen], attn_mask=mask, is_causal=mask is None, scale=scale
-        )[0].transpose(0, 1)
+    if earlier and q_LHE.device.type == "cpu":
+        return _attend_in_two_parts(q_LHE, k_SKE, v_SKE, earlier, scale)
+    q, k, v = q_LHE.transpose(0, 1)[None], _heads_first(k_SKE, heads), _heads_first(v_SKE, heads)
+    if earlier:
+        return _attend_masked(q, k, v, earlier, scale)[0].transpose(0, 1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[0].transpose(0, 1)
+
+
+def _attend_in_two_parts(q_LHE: Tensor, k_SKE: Tensor, v_SKE: Tensor, earlier: int, scale: float) -> Tensor:
+    """Earlier keys without a mask and own keys causally, joined by their log-partitions: no masked product is computed.
+
+    The queries of a key head become rows of one head, so that the earlier keys are read where they lie, not copied. The
+    kernel is the one that torch's attention calls on the CPU; only this way gives its log-partition as well.
+    """
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    rows, heads, width = q_LHE.shape
+    kv_heads = k_SKE.shape[1]
+    q = q_LHE.transpose(0, 1).contiguous()[None]
+    folded = q.view(1, kv_heads, -1, width)
+    k_before, v_before = (x_SKE[:earlier].transpose(0, 1)[None] for x_SKE in (k_SKE, v_SKE))
+    before, log_before = kernel(folded, k_before, v_before, 0.0, False, scale=scale)
+    k_own, v_own = (_heads_first(x_SKE[earlier:], heads) for x_SKE in (k_SKE, v_SKE))
+    own, log_own = kernel(q, k_own, v_own, 0.0, True, scale=scale)
+    share = torch.sigmoid(log_before.reshape(1, heads, rows) - log_own)[..., None].to(own.dtype)
+    return torch.lerp(own, before.reshape(own.shape), share)[0].transpose(0, 1)
+
+
+def _attend_masked(q: Tensor, k: Tensor, v: Tensor, earlier: int, scale: float) -> Tensor:
+    """The same with an explicit mask, in blocks of queries that see only the keys they may."""
+    blocks = []
+    for start in range(0, q.shape[2], QUERY_ROWS):
+        rows = q[:, :, start : start + QUERY_ROWS]
+        seen = earlier + start + rows.shape[2]
+        last = torch.arange(seen - rows.shape[2], seen, device=q.device)
+        mask = torch.arange(seen, device=q.device) <= last[:, None]
+        blocks.append(F.scaled_dot_product_attention(rows, k[:, :, :seen], v[:, :, :seen], attn_mask=mask, scale=scale))
+    return torch.cat(blocks, dim=2)
 
 
 def attention_decode(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from turbos.common.records import IGNORED
+from turbos.ops.linear import product
 
 BLOCK_ELEMENTS = 1 << 22
 
@@ -45,7 +46,7 @@ class _CrossEntropy(torch.autograd.Function):
         total = _wide(hidden_TD).new_zeros(())
         for rows in rows_T.split(_block_rows(weight_VD.shape[0])):
             hidden_RD = hidden_TD[rows]
-            logits_RV = _wide(hidden_RD @ weight_VD.T)
+            logits_RV = _wide(product(hidden_RD, weight_VD))
             if logit_scale != 1.0:
                 logits_RV *= logit_scale
             scale_R = loss_weights_T[rows].to(logits_RV.dtype)
@@ -60,7 +61,7 @@ class _CrossEntropy(torch.autograd.Function):
             dlogits_RV.scatter_add_(1, targets_T[rows, None], (-logit_scale * scale_R)[:, None])
             dlogits_RV = dlogits_RV.to(hidden_RD.dtype)
             if dhidden_TD is not None:
-                dhidden_TD[rows] = dlogits_RV @ weight_VD
+                dhidden_TD[rows] = product(dlogits_RV, weight_VD.T)
             if dweight_VD is not None:
                 dweight_VD.addmm_(dlogits_RV.T.to(dweight_VD.dtype), hidden_RD.to(dweight_VD.dtype))
         ctx.save_for_backward(dhidden_TD, dweight_VD)
@@ -91,7 +92,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx, hidden_TD, weight_VD, targets_T, scale):  # type: ignore[no-untyped-def]
         logprobs, entropies = [], []
         for hidden_RD, targets_R in _blocks(hidden_TD, targets_T, weight_VD.shape[0]):
-            log_RV = torch.log_softmax(_wide(hidden_RD @ weight_VD.T) * scale, -1)
+            log_RV = torch.log_softmax(_wide(product(hidden_RD, weight_VD)) * scale, -1)
             logprobs.append(log_RV.gather(1, targets_R[:, None])[:, 0])
             entropies.append(-(log_RV.exp() * log_RV).sum(1))
         ctx.save_for_backward(hidden_TD, weight_VD, targets_T, torch.cat(entropies))
@@ -107,14 +108,14 @@ class _TokenLogprobs(torch.autograd.Function):
         start = 0
         for hidden_RD, targets_R in _blocks(hidden_TD, targets_T, weight_VD.shape[0]):
             rows = slice(start, start + len(hidden_RD))
-            log_RV = torch.log_softmax(_wide(hidden_RD @ weight_VD.T) * ctx.scale, -1)
+            log_RV = torch.log_softmax(_wide(product(hidden_RD, weight_VD)) * ctx.scale, -1)
             prob_RV = log_RV.exp()
             # d logp(target) = onehot - p;  d entropy = -p * (log p + entropy)
             drows_RV = -(dentropies_T[rows, None] * (log_RV + entropies_T[rows, None]) + dlogprobs_T[rows, None])
             dlogits_RV = drows_RV.mul_(prob_RV)
             dlogits_RV.scatter_add_(1, targets_R[:, None], dlogprobs_T[rows, None])
             dlogits_RV = (dlogits_RV * ctx.scale).to(hidden_RD.dtype)
-            dhidden_TD[rows] = dlogits_RV @ weight_VD
+            dhidden_TD[rows] = product(dlogits_RV, weight_VD.T)
             dweight_VD.addmm_(dlogits_RV.T, hidden_RD)
             start += len(hidden_RD)
         return dhidden_TD, dweight_VD, None, None

@@ -13,15 +13,19 @@ C chunks, Q chunk size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from turbos.common.records import Documents
+
+BLOCK_NUMBERS = 1 << 18
+"""Numbers per tensor that a block of chunks works on: 1 MiB in fp32, about a core's second-level cache."""
 
 
 def ssd_recurrent(
@@ -167,6 +171,86 @@ def _ungroup(tile_CGQR: Tensor, heads: int) -> Tensor:
     return tile_CGQR.transpose(1, 2).reshape(chunks, size, heads, -1)
 
 
+@dataclass(frozen=True)
+class _Chunks:
+    """Inputs of some chunks, tiled; a slice of chunks is a view. States `[C, H, P, N]` are grouped `[C, G, R, N]`."""
+
+    x_CQHP: Tensor
+    dt_CQH: Tensor
+    sums_CQH: Tensor  # running sums of dt * A inside each chunk
+    B_CQGN: Tensor
+    C_CQGN: Tensor
+
+    @classmethod
+    def cut(
+        cls, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TGN: Tensor, C_TGN: Tensor, tiles: Tiles, chunk_size: int
+    ) -> _Chunks:
+        """Packed inputs as chunks."""
+        x_CQHP, dt_CQH, B_CQGN, C_CQGN = (_tile(flat, tiles, chunk_size) for flat in (x_THP, dt_TH, B_TGN, C_TGN))
+        return cls(x_CQHP, dt_CQH, (dt_CQH * A_H).cumsum(1), B_CQGN, C_CQGN)
+
+    def __getitem__(self, rows: slice) -> _Chunks:
+        return _Chunks(self.x_CQHP[rows], self.dt_CQH[rows], self.sums_CQH[rows], self.B_CQGN[rows], self.C_CQGN[rows])
+
+    def blocks(self) -> Iterator[slice]:
+        """Slices of chunks whose working set stays in a core's cache."""
+        count, size, heads, width = self.x_CQHP.shape
+        step = max(1, BLOCK_NUMBERS // (size * heads * max(size, width)))
+        return (slice(start, start + step) for start in range(0, count, step))
+
+    @property
+    def heads(self) -> int:
+        """Heads of x."""
+        return self.x_CQHP.shape[2]
+
+    @property
+    def groups(self) -> int:
+        """Groups of B and C."""
+        return self.B_CQGN.shape[2]
+
+    @property
+    def sums_CHQ(self) -> Tensor:
+        """The running sums, heads first, contiguous."""
+        return self.sums_CQH.transpose(1, 2).contiguous()
+
+    @property
+    def rest_CQH(self) -> Tensor:
+        """Decay from each token to its chunk's end."""
+        return torch.exp(self.sums_CQH[:, -1:] - self.sums_CQH)
+
+    def scores(self) -> Tensor:
+        """`C_i . B_j`, `[C, G, Q, Q]`."""
+        return torch.matmul(self.C_CQGN.transpose(1, 2), self.B_CQGN.permute(0, 2, 3, 1))
+
+    def carried(self) -> Tensor:
+        """`dt * x`, decayed to the chunk's end, `[C, G, Q, R]`: what a chunk adds to the state, before B."""
+        return _group(self.x_CQHP * (self.rest_CQH * self.dt_CQH)[..., None], self.groups)
+
+    def grouped(self, state_CHPN: Tensor) -> Tensor:
+        """A state of these chunks as `[C, G, R, N]`."""
+        return state_CHPN.view(state_CHPN.shape[0], self.groups, -1, state_CHPN.shape[3])
+
+
+def _inside(block: _Chunks) -> Tensor:
+    """What tokens of a chunk read of one another, `[C, H, Q, P]`."""
+    weights_CHQQ = _decay(block.sums_CHQ)
+    _by_group(weights_CHQQ, block.groups).mul_(block.scores()[:, :, None])
+    return torch.matmul(weights_CHQQ, _heads_first(block.x_CQHP, block.dt_CQH))
+
+
+def _inside_gradients(block: _Chunks, dy_CQHP: Tensor, dB_CQGN: Tensor, dC_CQGN: Tensor) -> Tensor:
+    """Gradient of `dt * x` through `_inside`, `[C, H, Q, P]`; those of B and C are added to the given tensors."""
+    groups = block.groups
+    decay_CHQQ = _decay(block.sums_CHQ)
+    dy_CHQP, X_CHQP = _heads_first(dy_CQHP), _heads_first(block.x_CQHP, block.dt_CQH)
+    dscores_CHQQ = torch.matmul(dy_CHQP, X_CHQP.transpose(-1, -2)).mul_(decay_CHQQ)
+    dscores_CGQQ = _by_group(dscores_CHQQ, groups).sum(2)
+    dC_CQGN += torch.matmul(dscores_CGQQ, block.B_CQGN.transpose(1, 2)).transpose(1, 2)
+    dB_CQGN += torch.matmul(dscores_CGQQ.transpose(-1, -2), block.C_CQGN.transpose(1, 2)).transpose(1, 2)
+    _by_group(decay_CHQQ, groups).mul_(block.scores()[:, :, None])
+    return torch.matmul(decay_CHQQ.transpose(-1, -2), dy_CHQP)
+
+
 def _states_before(write_CHPN: Tensor, total_CH: Tensor, tiles: Tiles, initial_DHPN: Tensor | None) -> Tensor:
     """State with which each chunk begins, `[C, H, P, N]`: that of the chunk before, decayed, plus what it wrote."""
     before = torch.empty_like(write_CHPN)
@@ -203,41 +287,30 @@ class _ChunkedScan(torch.autograd.Function):
     """Forward and backward of the chunked scan; keeps chunk states, recomputes decays and scores."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        x_THP: Tensor,
-        dt_TH: Tensor,
-        A_H: Tensor,
-        B_TGN: Tensor,
-        C_TGN: Tensor,
-        initial_DHPN: Tensor | None,
-        tiles: Tiles,
-        chunk_size: int,
-    ) -> tuple[Tensor, Tensor]:
-        heads, groups = x_THP.shape[1], B_TGN.shape[1]
-        dt_CQH = _tile(dt_TH, tiles, chunk_size)
-        x_CQHP = _tile(x_THP, tiles, chunk_size)
-        B_CGQN = _group(_tile(B_TGN, tiles, chunk_size), groups)
-        C_CGQN = _group(_tile(C_TGN, tiles, chunk_size), groups)
-        sums_CHQ = (dt_CQH * A_H).transpose(1, 2).cumsum(-1)
-        weights_CHQQ = _decay(sums_CHQ)
-        _by_group(weights_CHQQ, groups).mul_(torch.matmul(C_CGQN, B_CGQN.transpose(-1, -2))[:, :, None])
-        y_CQHP = torch.matmul(weights_CHQQ, _heads_first(x_CQHP, dt_CQH)).transpose(1, 2)
-
-        sums_CQH = sums_CHQ.transpose(1, 2)
-        rest_CQH = torch.exp(sums_CQH[:, -1:] - sums_CQH)
-        carried_CGQR = _group(x_CQHP * (rest_CQH * dt_CQH)[..., None], groups)
-        write_CHPN = torch.matmul(carried_CGQR.transpose(-1, -2), B_CGQN).view(tiles.chunks, heads, -1, B_TGN.shape[2])
-        total_CH = torch.exp(sums_CHQ[..., -1])
+    def forward(ctx, x_THP, dt_TH, A_H, B_TGN, C_TGN, initial_DHPN, tiles, chunk_size):  # type: ignore[no-untyped-def]
+        chunks = _Chunks.cut(x_THP, dt_TH, A_H, B_TGN, C_TGN, tiles, chunk_size)
+        heads, shape = chunks.heads, (tiles.chunks, chunks.heads, x_THP.shape[2], B_TGN.shape[2])
+        write_CHPN = x_THP.new_empty(shape)
+        for rows in chunks.blocks():
+            block = chunks[rows]
+            torch.matmul(
+                block.carried().transpose(-1, -2), block.B_CQGN.transpose(1, 2), out=block.grouped(write_CHPN[rows])
+            )
+        total_CH = torch.exp(chunks.sums_CQH[:, -1])
         before_CHPN = _states_before(write_CHPN, total_CH, tiles, initial_DHPN)
-        inter_CGQR = torch.matmul(C_CGQN, before_CHPN.view(tiles.chunks, groups, -1, B_TGN.shape[2]).transpose(-1, -2))
-        y_CQHP = torch.addcmul(y_CQHP, _ungroup(inter_CGQR, heads), torch.exp(sums_CQH)[..., None])
-
         last = list(tiles.last)
         final_DHPN = torch.addcmul(write_CHPN[last], total_CH[last][..., None, None], before_CHPN[last])
+        del write_CHPN
+
+        y_CQHP = torch.empty_like(chunks.x_CQHP, memory_format=torch.contiguous_format)
+        for rows in chunks.blocks():
+            block = chunks[rows]
+            read_CGQR = torch.matmul(block.C_CQGN.transpose(1, 2), block.grouped(before_CHPN[rows]).transpose(-1, -2))
+            decay_CQH1 = torch.exp(block.sums_CQH)[..., None]
+            torch.addcmul(_inside(block).transpose(1, 2), _ungroup(read_CGQR, heads), decay_CQH1, out=y_CQHP[rows])
         y_THP = _untile(y_CQHP, tiles)
         ctx.save_for_backward(x_THP, dt_TH, A_H, B_TGN, C_TGN, before_CHPN, y_THP, final_DHPN)
-        ctx.tiles, ctx.chunk_size, ctx.with_initial = tiles, chunk_size, initial_DHPN is not None  # type: ignore[attr-defined]
+        ctx.tiles, ctx.chunk_size, ctx.with_initial = tiles, chunk_size, initial_DHPN is not None
         return y_THP, final_DHPN
 
     @staticmethod
@@ -245,37 +318,29 @@ class _ChunkedScan(torch.autograd.Function):
     def backward(ctx, dy_THP: Tensor, dfinal_DHPN: Tensor):  # type: ignore[no-untyped-def]
         x_THP, dt_TH, A_H, B_TGN, C_TGN, before_CHPN, y_THP, final_DHPN = ctx.saved_tensors
         tiles, chunk_size = ctx.tiles, ctx.chunk_size
-        heads, groups = x_THP.shape[1], B_TGN.shape[1]
-        dt_CQH = _tile(dt_TH, tiles, chunk_size)
-        x_CQHP = _tile(x_THP, tiles, chunk_size)
+        chunks = _Chunks.cut(x_THP, dt_TH, A_H, B_TGN, C_TGN, tiles, chunk_size)
         dy_CQHP = _tile(dy_THP.contiguous(), tiles, chunk_size)
-        B_CGQN = _group(_tile(B_TGN, tiles, chunk_size), groups)
-        C_CGQN = _group(_tile(C_TGN, tiles, chunk_size), groups)
-        sums_CHQ = (dt_CQH * A_H).transpose(1, 2).cumsum(-1)
-        sums_CQH = sums_CHQ.transpose(1, 2)
-        total_CH = torch.exp(sums_CHQ[..., -1])
+        heads = chunks.heads
+        dB_CQGN, dC_CQGN, dX_CQHP = (torch.empty_like(x) for x in (chunks.B_CQGN, chunks.C_CQGN, chunks.x_CQHP))
 
-        # Between chunks: through the state each chunk begins with and the state it leaves.
-        flat = (tiles.chunks, groups, -1, B_TGN.shape[2])
-        dinter_CGQR = _group(dy_CQHP * torch.exp(sums_CQH)[..., None], groups)
-        dC_CGQN = torch.matmul(dinter_CGQR, before_CHPN.view(flat))
-        dbefore_CHPN = torch.matmul(dinter_CGQR.transpose(-1, -2), C_CGQN).view_as(before_CHPN)
-        dafter_CHPN = _state_gradients(dbefore_CHPN, total_CH, tiles, dfinal_DHPN)
-        rest_CQH1 = torch.exp(sums_CQH[:, -1:] - sums_CQH)[..., None]
-        dB_CGQN = torch.matmul(_group(x_CQHP * (rest_CQH1 * dt_CQH[..., None]), groups), dafter_CHPN.view(flat))
-        dinter_CQHP = _ungroup(torch.matmul(B_CGQN, dafter_CHPN.view(flat).transpose(-1, -2)), heads)
-
-        # Inside a chunk.
-        decay_CHQQ = _decay(sums_CHQ)
-        dy_CHQP = _heads_first(dy_CQHP)
-        X_CHQP = _heads_first(x_CQHP, dt_CQH)
-        dscores_CHQQ = torch.matmul(dy_CHQP, X_CHQP.transpose(-1, -2)).mul_(decay_CHQQ)
-        dscores_CGQQ = _by_group(dscores_CHQQ, groups).sum(2)
-        dC_CGQN += torch.matmul(dscores_CGQQ, B_CGQN)
-        dB_CGQN += torch.matmul(dscores_CGQQ.transpose(-1, -2), C_CGQN)
-        _by_group(decay_CHQQ, groups).mul_(torch.matmul(C_CGQN, B_CGQN.transpose(-1, -2))[:, :, None])
-        dX_CHQP = torch.matmul(decay_CHQQ.transpose(-1, -2), dy_CHQP)
-        dX_CQHP = torch.addcmul(dX_CHQP.transpose(1, 2), dinter_CQHP, rest_CQH1)
+        # Between chunks: from what tokens read of the state that their chunk begins with ...
+        dbefore_CHPN = torch.empty_like(before_CHPN)
+        for rows in chunks.blocks():
+            block = chunks[rows]
+            dread_CGQR = _group(dy_CQHP[rows] * torch.exp(block.sums_CQH)[..., None], block.groups)
+            C_CGQN = block.C_CQGN.transpose(1, 2)
+            dC_CQGN[rows] = torch.matmul(dread_CGQR, block.grouped(before_CHPN[rows])).transpose(1, 2)
+            torch.matmul(dread_CGQR.transpose(-1, -2), C_CGQN, out=block.grouped(dbefore_CHPN[rows]))
+        dafter_CHPN = _state_gradients(dbefore_CHPN, torch.exp(chunks.sums_CQH[:, -1]), tiles, dfinal_DHPN)
+        # ... to what each token wrote into the state that its chunk leaves; then inside each chunk.
+        for rows in chunks.blocks():
+            block = chunks[rows]
+            dafter_CGRN = block.grouped(dafter_CHPN[rows])
+            dB_CQGN[rows] = torch.matmul(block.carried(), dafter_CGRN).transpose(1, 2)
+            dwrite_CGQR = torch.matmul(block.B_CQGN.transpose(1, 2), dafter_CGRN.transpose(-1, -2))
+            inside_CHQP = _inside_gradients(block, dy_CQHP[rows], dB_CQGN[rows], dC_CQGN[rows])
+            rest_CQH1 = block.rest_CQH[..., None]
+            torch.addcmul(inside_CHQP.transpose(1, 2), _ungroup(dwrite_CGQR, heads), rest_CQH1, out=dX_CQHP[rows])
 
         # d/d(sums): each token's sum raises what it reads (dy . y) and lowers what is read of it (X . dX); the sum at a
         # chunk's end raises the whole state it leaves.
@@ -288,8 +353,8 @@ class _ChunkedScan(torch.autograd.Function):
             dX_THP * dt_TH[..., None],
             da_TH * A_H + read_TH,
             (da_TH * dt_TH).sum(0),
-            _untile(dB_CGQN.transpose(1, 2), tiles),
-            _untile(dC_CGQN.transpose(1, 2), tiles),
+            _untile(dB_CQGN, tiles),
+            _untile(dC_CQGN, tiles),
             _initial_gradient(dbefore_CHPN, tiles) if ctx.with_initial else None,
             None,
             None,

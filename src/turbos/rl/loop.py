@@ -9,6 +9,7 @@ Not here: sampling (`rollout`), the mathematics (`advantages`, `losses`), the op
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -32,7 +33,7 @@ from turbos.rl.rollout import RolloutConfig, draw_tasks, rewards_of, sample_grou
 from turbos.rl.statistics import Update, rollout_figures, update_figures
 from turbos.text.tokenizer import Tokenizer
 from turbos.train.checkpoint import TrainingState, restore_optimizer, save_checkpoint, save_final
-from turbos.train.loop import final_checkpoint, open_run, stop_requests
+from turbos.train.loop import final_checkpoint, open_run, require_seed_and_threads, stop_requests
 from turbos.train.optim import OptimConfig
 from turbos.train.problems import ProblemMix
 from turbos.train.progress import ProgressLine
@@ -62,6 +63,7 @@ class RLConfig:
             raise UserError(
                 "train: steps, updates, micro_batch_tokens, save_every, report_every, keep must be at least 1"
             )
+        require_seed_and_threads(self.seed, self.threads)
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,10 @@ class RLRecipe:
     loss: LossConfig = LossConfig()
     pass_mark: float | None = None
     optim: OptimConfig = OptimConfig(lr=2e-4, weight_decay=0.0, decay_fraction=0.0)
+
+    def __post_init__(self) -> None:
+        if self.pass_mark is not None and not math.isfinite(self.pass_mark):
+            raise UserError(f"pass_mark must be a finite number or null, not {self.pass_mark}")
 
 
 def rl(recipe: RLRecipe, run_dir: Path) -> Path:

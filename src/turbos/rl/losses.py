@@ -5,12 +5,15 @@ the weight of all tokens of the step (token-level normalisation: a long answer c
 `ratio = exp(logprobs - sampled)`:
 
     loss = -min(ratio * advantage, clip(ratio, 1 - clip_low, 1 + clip_high) * advantage) + kl_coefficient * k3
+           - best_of_n * logprobs   where advantage > 0
 
-Sources: GRPO arXiv 2402.03300, DAPO arXiv 2503.14476 (clip-higher, token level), k3: Schulman, "Approximating KL".
+Sources: TurboS report p.12 (token-level loss, clipped k3, best-of-N likelihood of samples of positive advantage),
+GRPO arXiv 2402.03300, DAPO arXiv 2503.14476 (clip-higher, token level), k3: Schulman, "Approximating KL".
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,18 +24,25 @@ from turbos.common.errors import UserError
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Clipping of the ratio below and above 1, and the pull towards the reference (0 = none, no reference is held)."""
+    """Clipping of the ratio below and above 1, and the weights of two further terms.
+
+    `kl_coefficient` pulls towards the reference (0 = none, no reference is held); `best_of_n` raises the likelihood of
+    samples that did better than their group.
+    """
 
     clip_low: float = 0.2
     clip_high: float = 0.28
     kl_coefficient: float = 0.0
     kl_limit: float = 10.0
+    best_of_n: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.clip_low < 1 or self.clip_high <= 0:
+        if not (0 < self.clip_low < 1 and self.clip_high > 0):
             raise UserError("loss: clip_low lies between 0 and 1, clip_high is above 0")
-        if self.kl_coefficient < 0 or self.kl_limit <= 0:
-            raise UserError("loss: kl_coefficient must not be below 0, kl_limit must be above 0")
+        if not (0 <= self.kl_coefficient < math.inf and self.kl_limit > 0):
+            raise UserError("loss: kl_coefficient must not be below 0, and finite; kl_limit must be above 0")
+        if not 0 <= self.best_of_n < math.inf:
+            raise UserError("loss: best_of_n must not be below 0, and finite")
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,8 @@ def policy_loss(
     free_T = ratio_T * advantages_T
     clipped_T = ratio_T.clamp(1 - config.clip_low, 1 + config.clip_high) * advantages_T
     loss_sum = -(torch.minimum(free_T, clipped_T) * weights_T).sum()
+    if config.best_of_n:
+        loss_sum = loss_sum - config.best_of_n * (logprobs_T * weights_T * (advantages_T > 0)).sum()
     kl_sum = torch.zeros_like(loss_sum)
     if reference_T is not None:
         kl_sum = (k3(logprobs_T, reference_T).clamp(0.0, config.kl_limit) * weights_T).sum()

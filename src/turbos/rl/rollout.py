@@ -48,8 +48,10 @@ class RolloutConfig:
             raise UserError(
                 "rollout: groups must be at least 1, and samples at least 2 (a group is compared with itself)"
             )
-        if self.temperature <= 0:
-            raise UserError("rollout: temperature must be above 0, greedy samples of a group are all the same")
+        if not 0 < self.temperature < math.inf:
+            raise UserError("rollout: temperature must be above 0 (greedy samples are all the same) and finite")
+        if min(self.max_new_tokens, self.max_answer_tokens, self.max_batch) < 1:
+            raise UserError("rollout: max_new_tokens, max_answer_tokens and max_batch must be at least 1")
 
     def token_limit(self, mode: Mode) -> int:
         """Most new tokens of a turn in this mode."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -35,6 +36,7 @@ REMOVING = ".removing-"
 POINTER = "latest"
 TRAINER = "trainer"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+STEP = re.compile(r"step-([0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -88,31 +90,45 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     if not pointer.exists():
         steps = _steps(folder)
         return steps[-1] if steps else None
-    path = folder / pointer.read_text().strip()
-    if not path.is_dir():
-        raise UserError(f"{pointer} names {path.name}, which is not there: write a sibling's name into it")
-    return path
+    name = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
+    if not STEP.fullmatch(name) or not (folder / name).is_dir():
+        there = ", ".join(path.name for path in _steps(folder)) or "none"
+        raise UserError(
+            f"{pointer} names {name[:40]!r}, which is no checkpoint there ({there}): write one's name into it"
+        )
+    return folder / name
 
 
 def restore_optimizer(path: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> TrainingState:
     """Put back the optimizer's moments and torch's random state from the checkpoint `path`, bit for bit."""
-    try:
-        state = TrainingState(**json.loads((path / TRAINER / "state.json").read_text()))
-        tensors = load_file(path / TRAINER / "optimizer.safetensors")
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise UserError(f"cannot resume from {path}: its trainer/ files are missing or damaged ({error})") from None
-    torch.set_rng_state(tensors.pop("rng"))
+    state, tensors = _read_trainer(path)
     for name, parameter in model.named_parameters():
         moments = {key: tensors.pop(f"{name}/{key}") for key in MOMENTS if f"{name}/{key}" in tensors}
         if not moments:
             continue
-        if moments["exp_avg"].shape != parameter.shape:
+        if len(moments) < len(MOMENTS):
+            raise UserError(f"cannot resume from {path}: optimizer state of {name} lacks some of {', '.join(MOMENTS)}")
+        if any(moments[key].shape != parameter.shape for key in ("exp_avg", "exp_avg_sq")):
             raise UserError(f"cannot resume from {path}: optimizer state of {name} has another shape than the model's")
         # The step counter of torch's fused AdamW lives beside the parameter, like the moments.
         optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in moments.items()}
     if tensors:
         raise UserError(f"cannot resume from {path}: optimizer state for unknown parameters {sorted(tensors)[:3]}")
     return state
+
+
+def _read_trainer(path: Path) -> tuple[TrainingState, dict[str, Tensor]]:
+    """State and moments of a checkpoint; its random state is put into torch. UserError where anything is damaged."""
+    try:
+        state = TrainingState(**json.loads((path / TRAINER / "state.json").read_text()))
+        if not all(isinstance(count, int) and count >= 0 for count in (state.step, state.tokens)):
+            raise ValueError(f"state.json holds {state}")
+        tensors = load_file(path / TRAINER / "optimizer.safetensors")
+        torch.set_rng_state(tensors.pop("rng"))
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        message = f"cannot resume from {path}: its trainer/ files are missing or damaged ({error})"
+        raise UserError(message) from None
+    return state, tensors
 
 
 def remove_leftovers(run_dir: Path) -> list[Path]:
@@ -184,7 +200,10 @@ def _set_aside(path: Path) -> Path:
 
 
 def _steps(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.glob("step-*") if path.is_dir()), key=lambda path: int(path.name[5:]))
+    # A user's copy of a checkpoint under another name (`step-000020-good`) is left alone.
+    numbers = {path: STEP.fullmatch(path.name) for path in folder.glob("step-*") if path.is_dir()}
+    found = [(int(match[1]), path) for path, match in numbers.items() if match is not None]
+    return [path for _, path in sorted(found)]
 
 
 def _sync_tree(folder: Path) -> None:

@@ -11,6 +11,7 @@ choose data or loss: `train.pretrain` and `train.sft` do. A run directory holds
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import threading
@@ -22,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from turbos.common.config import RECIPE_FILE, dump_recipe, parse_yaml, save_recipe
+from turbos.common.config import RECIPE_FILE, dump_recipe, parse_yaml, read_values, save_recipe
 from turbos.common.errors import UserError
 from turbos.common.metrics import METRICS_FILE, MetricsLog, truncate_after
 from turbos.common.records import Batch
@@ -66,6 +67,15 @@ class TrainConfig:
             raise UserError("train: steps, micro_batch_tokens, eval_every, save_every and keep must be at least 1")
         if self.tokens_per_step < self.micro_batch_tokens:
             raise UserError("train: tokens_per_step must be at least micro_batch_tokens")
+        require_seed_and_threads(self.seed, self.threads)
+
+
+def require_seed_and_threads(seed: int, threads: int | None) -> None:
+    """Refuse a seed that the random generators cannot take, and a number of threads below 1."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"train: seed must be from 0 to 2^63 - 1, not {seed}")
+    if threads is not None and threads < 1:
+        raise UserError(f"train: threads must be at least 1, or null for torch's choice; not {threads}")
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,11 @@ def train(run: Run, resumed: Path | None = None) -> Path:
             if stop.is_set() and trainer.step < config.steps:
                 line.note(f"stopped and saved at step {trainer.step}; run the same command again to resume")
                 raise KeyboardInterrupt
-    return save_final(run.run_dir, trainer.model, run.tokenizer)
+    final = save_final(run.run_dir, trainer.model, run.tokenizer)
+    if stop.is_set():
+        # Asked for in the last step: this run is whole, but whoever runs stages in a row must stop too.
+        raise KeyboardInterrupt
+    return final
 
 
 def step_figures(stats: BatchStats, lr: float, grad_norm: float, seconds: float, share: float) -> dict[str, float]:
@@ -144,19 +158,48 @@ def step_figures(stats: BatchStats, lr: float, grad_norm: float, seconds: float,
 def open_run(recipe: DataclassInstance, run_dir: Path) -> Path | None:
     """Make or reopen a run: clears leftovers, saves the recipe, returns the checkpoint to resume from, if any.
 
-    A run directory belongs to one recipe: another one is refused, with the keys that differ.
+    A run directory belongs to one recipe: another one is refused, with the keys that differ, unless nothing but the
+    recipe lies there yet (a first start that failed).
     """
-    saved = run_dir / RECIPE_FILE
-    if saved.is_file():
-        old = _flat(parse_yaml(saved.read_text(encoding="utf-8"), str(saved)))
-        new = _flat(parse_yaml(dump_recipe(recipe), "recipe"))
-        changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-        if changed:
-            shown = ", ".join(f"{key} ({old.get(key)} -> {new.get(key)})" for key in changed)
-            raise UserError(f"{run_dir} belongs to another recipe, differing in {shown}: choose another run directory")
+    if has_begun(run_dir):
+        require_same_recipe(recipe, run_dir)
     remove_leftovers(run_dir)
     save_recipe(recipe, run_dir)
     return latest_checkpoint(run_dir)
+
+
+def has_begun(run_dir: Path) -> bool:
+    """Whether a run's directory holds a recipe and anything that was made by it."""
+    return (run_dir / RECIPE_FILE).is_file() and any(path.stem != Path(RECIPE_FILE).stem for path in run_dir.iterdir())
+
+
+def require_same_recipe(recipe: DataclassInstance, run_dir: Path) -> None:
+    """Refuse a recipe that is not the one saved in the run's directory; the error names the keys that differ."""
+    saved = run_dir / RECIPE_FILE
+    old = _flat(read_values(saved))
+    new = _flat(parse_yaml(dump_recipe(recipe), "recipe"))
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if changed:
+        shown = ", ".join(f"{key} ({old.get(key)} -> {new.get(key)})" for key in changed)
+        raise UserError(f"{run_dir} belongs to another recipe, differing in {shown}: choose another run directory")
+
+
+@contextmanager
+def sole_owner(run_dir: Path) -> Iterator[None]:
+    """Hold a run's directory (made if missing) against a second process; the system lets go however this one ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"another process is at work in {run_dir}: wait for it, or choose another run directory"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def final_checkpoint(run_dir: Path) -> Path | None:

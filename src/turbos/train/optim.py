@@ -9,6 +9,7 @@ It decides neither what a parameter is (`model.parameters.parameter_table` does)
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,8 +44,15 @@ class OptimConfig:
     routed_lr_factor: float = 0.31
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.clip <= 0 or self.routed_lr_factor <= 0:
-            raise UserError("optim: lr, clip and routed_lr_factor must be above 0")
+        for name in ("lr", "eps", "routed_lr_factor"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"optim: {name} must be above 0 and finite, not {getattr(self, name)}")
+        if not self.clip > 0:
+            raise UserError(f"optim: clip must be above 0 (.inf for no clipping), not {self.clip}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"optim: weight_decay must not be below 0, and finite; not {self.weight_decay}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optim: betas must be from 0 to below 1, not {list(self.betas)}")
         if not (0 <= self.decay_fraction <= 1 and 0 <= self.final_lr_ratio <= 1):
             raise UserError("optim: decay_fraction and final_lr_ratio lie between 0 and 1")
         if self.warmup_steps < 0:

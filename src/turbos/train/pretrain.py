@@ -136,10 +136,13 @@ def held_out_figures(
 
 @torch.no_grad()
 def bits_per_byte(model: LanguageModel, tokenizer: Tokenizer, batches: Sequence[Batch]) -> float:
-    """Bits over UTF-8 bytes of the predicted text; a document's first token is context, its end is predicted too."""
+    """Bits over UTF-8 bytes of the predicted text; a document's first token is context, its end is predicted too.
+
+    NaN where that leaves no text (documents of a single token).
+    """
     nats, num_bytes = 0.0, 0
     for batch in batches:
         nats += next_token_loss(model, batch).loss_sum.item()
         predicted = batch.targets_T[batch.targets_T != IGNORED].tolist()
         num_bytes += len(tokenizer.decode(predicted, skip_special=True).encode())
-    return nats / math.log(2) / num_bytes
+    return nats / math.log(2) / num_bytes if num_bytes else math.nan

@@ -8,6 +8,7 @@ The problems themselves, and the split into training and held-out seeds, are `da
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -34,11 +35,11 @@ class ProblemMix:
 
     def __post_init__(self) -> None:
         for name, weight in self.families.items():
-            family, _, level = name.partition("/")
-            if level and not (level.isdecimal() and int(level) < levels(family)):
+            family, slash, level = name.partition("/")
+            if slash and not (level.isdecimal() and int(level) < levels(family)):
                 raise UserError(f"problems: {name!r} is no level of {family!r}, which has 0 to {levels(family) - 1}")
-            if levels(family) and weight < 0:
-                raise UserError(f"problems: the weight of {name!r} must not be below 0")
+            if levels(family) and not 0 <= weight < math.inf:
+                raise UserError(f"problems: the weight of {name!r} must not be below 0, and finite; not {weight}")
         if self.families and sum(self.families.values()) <= 0:
             raise UserError("problems: at least one family needs a weight above 0")
         if not 0 <= self.thinking_share <= 1:
