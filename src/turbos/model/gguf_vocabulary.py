@@ -27,7 +27,7 @@ PRE_TOKENIZERS = {
     QWEN2_PATTERN: "qwen2",
     QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|"): "dbrx",
 }
-"""llama.cpp's name of each pattern that it cuts text by exactly as the `tokenizers` library does: Qwen2's and GPT-4's."""
+"""llama.cpp's name of each pattern that it cuts text by exactly as `tokenizers` does: Qwen2's and GPT-4's."""
 
 # What BPE may do beyond merging, and the value with which it does not; llama.cpp does none of it.
 _PLAIN_BPE = {
