@@ -34,9 +34,9 @@ from turbos.rl.loop import RLConfig, RLRecipe
 from turbos.rl.losses import LossConfig
 from turbos.rl.rollout import RolloutConfig
 from turbos.train.checkpoint import TrainingState, latest_checkpoint, restore_optimizer, save_checkpoint
+from turbos.train.held_out import bits_per_byte
 from turbos.train.loop import Run, TrainConfig, open_run, sole_owner, train
 from turbos.train.optim import OptimConfig
-from turbos.train.pretrain import bits_per_byte
 from turbos.train.problems import ProblemMix
 from turbos.train.trainer import Trainer
 

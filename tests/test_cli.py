@@ -116,7 +116,7 @@ def test_values_of_overrides_never_become_the_recipe() -> None:
     assert join_overrides(words) == joined
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "sft", "rl"])
+@pytest.mark.parametrize("verb", ["pretrain", "anneal", "sft", "rl"])
 def test_dry_run_prints_the_resolved_recipe(verb: str, recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, "--train.steps", "50", recipe_file, "--dry-run", "--name", "x"]) == 0
     assert capsys.readouterr().out == "name: x\ntrain:\n  steps: 50\n  lr: 0.1\n"

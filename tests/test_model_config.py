@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 from model_cases import tiny_config, tiny_model
 from turbos.common.errors import UserError
 from turbos.model.config import ModelConfig, expand_layers
 from turbos.model.families import family_of
+from turbos.model.lm import LanguageModel
 from turbos.model.parameters import parameter_spec, parameter_table
 
 
@@ -78,9 +80,16 @@ IMPOSSIBLE: list[tuple[str, dict[str, object]]] = [
     ("mamba_heads", {"mamba_heads": 0}),
     ("mamba_head_dim", {"mamba_head_dim": 0}),
     ("mamba_state", {"mamba_state": 0}),
+    ("mamba1_inner", {"mamba1_inner": 0}),
+    ("mamba1_state", {"mamba1_state": -1}),
+    ("dt_rank", {"mamba1_dt_rank": 0}),
     ("conv_kernel", {"conv_kernel": 1}),
     ("conv_kernel", {"conv_kernel": 0}),
     ("chunk_size", {"chunk_size": 0}),
+    ("capacity_factor", {"capacity_factor": 0.9}),
+    ("capacity_factor", {"capacity_factor": 0.0}),
+    ("capacity_factor", {"capacity_factor": float("nan")}),
+    ("capacity_factor", {"capacity_factor": float("inf")}),
     ("top_k", {"top_k": 0}),
     ("top_k", {"top_k": 6}),
     ("num_experts", {"num_experts": 0}),
@@ -121,8 +130,24 @@ def test_an_option_that_nothing_reads_is_refused(option: str, changes: dict[str,
 
 def test_sizes_of_absent_kinds_do_not_matter() -> None:
     assert tiny_config("MF", num_heads=4, num_kv_heads=3).layers == "MF"
-    assert tiny_config("AF", mamba_heads=4, mamba_groups=3).layers == "AF"
+    assert tiny_config("AF", mamba_heads=4, mamba_groups=3, mamba1_inner=0, conv_kernel=0).layers == "AF"
+    assert tiny_config("MA", mamba1_state=0, capacity_factor=0.0).layers == "MA"
     assert tiny_config("MA", top_k=9).layers == "MA"
+
+
+def test_the_rank_of_dt_is_a_sixteenth_of_the_width_unless_told() -> None:
+    assert [tiny_config("S", hidden_size=size, mamba1_dt_rank=None).dt_rank for size in (1, 16, 17, 256)] == [
+        *(1, 1, 2, 16)
+    ]
+    assert tiny_config("S", mamba1_dt_rank=7).dt_rank == 7
+
+
+def test_mamba1_begins_as_its_reference_does() -> None:
+    mixer = LanguageModel(tiny_config("S", hidden_size=64)).init_weights(0).sublayers[0].mixer
+    assert torch.allclose(mixer.A_log.exp(), torch.arange(1.0, 6.0).expand(14, 5))
+    dt = torch.nn.functional.softplus(mixer.dt_bias.detach())
+    assert (mixer.D == 1).all() and dt.min() >= 0.999e-3 and dt.max() <= 0.1001 and dt.std() > 0.01
+    assert 0.5 * 3**-0.5 < mixer.dt_proj.weight.abs().max() <= 3**-0.5
 
 
 def test_configurations_are_frozen_and_compare_by_value() -> None:
@@ -141,6 +166,11 @@ GRANITE = {"mamba_heads": 4, "mamba_head_dim": 6}
         ("granitemoehybrid", "MFAF", GRANITE),
         ("granitemoehybrid", "MDAD", GRANITE),
         ("granitemoehybrid", "MFAF", {**GRANITE, "rope_theta": 1e4, "tied": False}),
+        ("turbos", "SFAF", GRANITE),
+        ("turbos", "SDAD", GRANITE),
+        ("granitemoehybrid", "MFAF", {**GRANITE, "capacity_factor": 1.5}),
+        ("nemotron_h", "MAMA", {"tied": False}),
+        ("turbos", "MASA", {"tied": False}),
         ("turbos", "MFAD", GRANITE),
         ("turbos", "MFA", GRANITE),
         ("turbos", "FMFA", GRANITE),

@@ -35,11 +35,13 @@ def test_flops_by_hand(tied: bool) -> None:
     assert describe(config).flops_per_token == 2 * (matrices + norms)
     scan = describe(tiny_config("M")).flops_per_token - 2 * describe(tiny_config("M")).active_params
     assert scan == 5 * config.mamba_inner * config.mamba_state
+    scan = describe(tiny_config("S")).flops_per_token - 2 * describe(tiny_config("S")).active_params
+    assert scan == 5 * 14 * 5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_state_bytes_are_those_of_the_real_state(dtype: torch.dtype) -> None:
-    config = tiny_config("MAMFAD")
+    config = tiny_config("MAMFSADS")
     counts = describe(config, bytes_per_number=dtype.itemsize)
     for length in (1, 100):
         state = HybridState.alloc(config, 1, length, dtype=dtype)

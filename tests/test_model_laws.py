@@ -1,7 +1,7 @@
 """Law 1 and its kin: documents are independent, the future does not matter, chunks and packing are not seen in results.
 
-Bits are compared where nothing but the documents' own rows takes part (mixers M and A); where rows of several documents
-share a matrix product whose shape depends on the routing (F), rounding is allowed.
+Bits are compared where nothing but the documents' own rows takes part (mixers M, S and A); where rows of several
+documents share a matrix product whose shape depends on the routing (F), rounding is allowed.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def rows_with(change: float | None, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("kind", ["M", "A", "D"])
+@pytest.mark.parametrize("kind", ["M", "S", "A", "D"])
 def test_a_changed_token_leaves_other_documents_bits(kind: str, variant: str, dtype: torch.dtype) -> None:
-    model = tiny_model(kind, dtype=dtype, **(VARIANTS[variant] if kind in "MA" else {}))
+    model = tiny_model(kind, dtype=dtype, **(VARIANTS[variant] if kind in "MSA" else {}))
     before, gradient_before = run_mixer(model, rows_with(None, dtype))
     after, gradient_after = run_mixer(model, rows_with(1.7, dtype))
     assert not torch.equal(before[13], after[13])
@@ -66,7 +66,7 @@ def test_a_changed_token_moves_other_documents_experts_by_rounding_only(variant:
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-@pytest.mark.parametrize("kind", ["M", "A"])
+@pytest.mark.parametrize("kind", ["M", "S", "A"])
 def test_nan_in_one_document_stays_there(kind: str, poison: float) -> None:
     for variant in VARIANTS.values():
         model = tiny_model(kind, **variant)
@@ -213,7 +213,7 @@ def test_selection_bias_off_is_ignored_and_freeze_is_used() -> None:
     assert torch.equal(logits_of(model, tokens, [30]), off)
 
 
-@pytest.mark.parametrize("layers", ["M", "A", "F", "D"])
+@pytest.mark.parametrize("layers", ["M", "S", "A", "F", "D"])
 @pytest.mark.parametrize("lengths", [(8,), (5, 7), (4, 4)], ids=str)
 def test_documents_that_do_not_cover_the_tokens_are_refused(layers: str, lengths: tuple[int, ...]) -> None:
     with pytest.raises((ValueError, IndexError, RuntimeError)):

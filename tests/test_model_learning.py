@@ -39,6 +39,7 @@ def overfit(model: LanguageModel, tokens: Tensor, steps: int) -> float:
     ("layers", "options"),
     [
         ("MM", {}),
+        ("SS", {}),
         ("AA", {"rope_theta": 10000.0}),
         ("AA", {"rope_theta": 10000.0, "qk_norm": True, "tied": False}),
         ("MF", {}),

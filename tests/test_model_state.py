@@ -147,13 +147,14 @@ def test_nbytes_counts_every_byte_and_only_keys_grow_with_length() -> None:
 
 
 def test_scan_state_is_fp32_under_half_precision() -> None:
-    state = HybridState.alloc(tiny_config("MA"), 1, 4, dtype=torch.bfloat16)
+    state = HybridState.alloc(tiny_config("MAS"), 1, 4, dtype=torch.bfloat16)
+    assert state.layers[2].ssm_BNI.dtype == torch.float32 and state.layers[2].conv_BKC.dtype == torch.bfloat16
     assert {tensor.dtype for tensor in state.layers[0].tensors} == {torch.bfloat16, torch.float32}
     assert state.layers[0].ssm_BHPN.dtype == torch.float32
     assert {tensor.dtype for tensor in state.layers[1].tensors} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("layers", ["AF", "MD", "MA"])
+@pytest.mark.parametrize("layers", ["AF", "MD", "SD", "MA"])
 def test_a_full_state_is_refused_before_anything_is_written(layers: str) -> None:
     model = tiny_model(layers)
     state = new_state(model, 2, max_len=10)
@@ -173,7 +174,7 @@ def test_another_number_of_documents_is_refused() -> None:
 
 
 def test_a_nan_sequence_spoils_only_itself() -> None:
-    model = tiny_model("MAM")
+    model = tiny_model("MASM")
     plain, dirty = new_state(model, 2), new_state(model, 2)
     for state in (plain, dirty):
         read(model, state, [random_tokens(5), random_tokens(9, seed=1)])

@@ -54,6 +54,26 @@ def slow_mamba(rows: list[Tensor], w: Weights, c: ModelConfig) -> list[Tensor]:
     return outputs
 
 
+def slow_mamba1(rows: list[Tensor], w: Weights, c: ModelConfig) -> list[Tensor]:
+    """Mamba-1, token by token and channel by channel."""
+    inner, size, rank = c.mamba1_inner, c.mamba1_state, c.dt_rank
+    window = [torch.zeros(inner, dtype=torch.float64)] * c.conv_kernel
+    states = [torch.zeros(size, dtype=torch.float64) for _ in range(inner)]
+    outputs = []
+    for row in rows:
+        raw, gate = (w["in_proj.weight"] @ row).split([inner, inner])
+        window = [*window[1:], raw]
+        x = silu(sum(w["conv_weight"][:, k] * window[k] for k in range(c.conv_kernel)) + w["conv_bias"])
+        low, B, C = (w["x_proj.weight"] @ x).split([rank, size, size])
+        dt = torch.log1p(torch.exp(w["dt_proj.weight"] @ low + w["dt_bias"]))
+        y = torch.zeros_like(x)
+        for i in range(inner):
+            states[i] = torch.exp(-dt[i] * w["A_log"][i].exp()) * states[i] + dt[i] * x[i] * B
+            y[i] = states[i] @ C + w["D"][i] * x[i]
+        outputs.append(w["out_proj.weight"] @ (y * silu(gate)))
+    return outputs
+
+
 def turn(x: Tensor, position: int, c: ModelConfig) -> Tensor:
     """Rotary position of one head's vector, pairs `(i, i + E / 2)`."""
     if c.rope_theta is None:
@@ -125,8 +145,8 @@ def slow_logits(weights: Weights, c: ModelConfig, tokens: list[int]) -> Tensor:
         start = f"sublayers.{index}."
         w = {name.removeprefix(f"{start}mixer."): x for name, x in weights.items() if name.startswith(f"{start}mixer.")}
         normed = [norm(row, weights[f"{start}norm_weight"], c.norm_eps) for row in rows]
-        if kind in "MA":
-            branch = (slow_mamba if kind == "M" else slow_attention)(normed, w, c)
+        if kind in "MSA":
+            branch = {"M": slow_mamba, "S": slow_mamba1, "A": slow_attention}[kind](normed, w, c)
         elif kind == "F":
             branch = [slow_experts(row, w, c) for row in normed]
         else:

@@ -100,3 +100,13 @@ def test_schedule_without_warm_up_and_decay_is_constant() -> None:
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
         OptimConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_cosine_falls_slowly_at_its_ends_and_reaches_the_floor() -> None:
+    config = OptimConfig(lr=1e-2, warmup_steps=0, decay_fraction=1.0, decay="cosine", final_lr_ratio=0.1)
+    rates = [learning_rate(step, config, 100) for step in range(101)]
+    assert rates[0] == 1e-2 and rates[100] == pytest.approx(1e-3)
+    assert rates[50] == pytest.approx(1e-2 * 0.55)
+    # (1 + cos(pi / 4)) / 2 of the way between rate and floor.
+    assert rates[25] == pytest.approx(1e-3 + 9e-3 * 0.8535533906)
+    assert rates[0] - rates[1] < 1e-5 < rates[50] - rates[51]

@@ -30,9 +30,11 @@ from turbos.model.config import ModelConfig
 from turbos.model.lm import LanguageModel
 from turbos.text.tokenizer import Tokenizer
 from turbos.train.checkpoint import latest_checkpoint, save_final
+from turbos.train.held_out import bits_per_byte
+from turbos.train.ingredients import DataConfig
 from turbos.train.loop import Run, TrainConfig, train
 from turbos.train.optim import OptimConfig
-from turbos.train.pretrain import DataConfig, PretrainRecipe, bits_per_byte, pretrain
+from turbos.train.pretrain import PretrainRecipe, pretrain
 from turbos.train.problems import ProblemMix, held_out_samples, problem_stream
 from turbos.train.progress import ProgressLine
 from turbos.train.sft import SFTRecipe, sft, sft_batches

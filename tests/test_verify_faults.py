@@ -15,7 +15,7 @@ import torch
 
 from model_cases import tiny_model
 from turbos.model import checkpoint, lm, mixers, state
-from turbos.ops import attention, conv, moe, ssd
+from turbos.ops import attention, conv, moe, selective_scan, ssd
 from turbos.verify import native
 from verify_cases import SHAPES, certificate, check_named, failed, plant, saved
 
@@ -175,6 +175,119 @@ FAULTS = {
         *(ssd, "_states_before", "total_CH[source, :, None, None], before[source]"),
         "total_CH[source, :, None, None], torch.zeros_like(before[source])",
         *("chunk size unseen", "sublayers.0 (Mamba2, model.layers.0): scan "),
+    ),
+    "Mamba-1: dropped D": Fault(
+        *(mixers.Mamba1, "forward", "torch.addcmul(y_TI, x_TI, self.D.to(x_TI.dtype))", "y_TI"),
+        *(TRUTH, "sublayers.0 (Mamba-1): gated |(as if D were left out)"),
+        shape="mamba1",
+        quiet=(PACKED, DECODE, SEGMENTS),
+    ),
+    "Mamba-1: a missing gate": Fault(
+        *(mixers.Mamba1, "forward", "y_TI * F.silu(z_TI)", "y_TI"),
+        *(TRUTH, "sublayers.0 (Mamba-1): gated |(as if the gate were left out)"),
+        shape="mamba1",
+        quiet=(PACKED, DECODE),
+    ),
+    "Mamba-1: x and gate swapped": Fault(
+        *(mixers.Mamba1, "forward", "x_TI, z_TI = self", "z_TI, x_TI = self"),
+        *(TRUTH, "sublayers.0 (Mamba-1): conv "),
+        shape="mamba1",
+        quiet=(PACKED, DECODE),
+    ),
+    "Mamba-1: B and C swapped in the scan": Fault(
+        *(selective_scan._SelectiveScan, "forward", "A_NI, B_TN, C_TN, initial_DNI, A_NI * LOG2_E"),
+        "A_NI, C_TN, (C_TN := B_TN), initial_DNI, A_NI * LOG2_E",
+        *(TRUTH, "sublayers.0 (Mamba-1): scan |(as if B and C were swapped)"),
+        shape="mamba1",
+    ),
+    "Mamba-1: decays of another base": Fault(
+        *(
+            mixers.Mamba1,
+            "_scan",
+            "torch.exp(self.A_log.to(dt_TI.dtype).T)",
+            "torch.exp2(self.A_log.to(dt_TI.dtype).T)",
+        ),
+        *(TRUTH, "sublayers.0 (Mamba-1): scan "),
+        shape="mamba1",
+        quiet=(PACKED, DECODE, SEGMENTS),
+    ),
+    "Mamba-1: nothing decays": Fault(
+        *(mixers.Mamba1, "_scan", "-torch.exp(self.A_log.to(dt_TI.dtype).T)", "torch.zeros_like(self.A_log.T)"),
+        *(TRUTH, "sublayers.0 (Mamba-1): scan |(as if nothing decayed)"),
+        shape="mamba1",
+        quiet=(PACKED, DECODE),
+    ),
+    "Mamba-1: the states of a channel decay alike": Fault(
+        *(mixers.Mamba1, "_scan", "-torch.exp(self.A_log.to(dt_TI.dtype).T)"),
+        "(-torch.exp(self.A_log.to(dt_TI.dtype).T)).amax(0).expand_as(self.A_log.T)",
+        *(TRUTH, "sublayers.0 (Mamba-1): scan |(as if all states of a channel decayed alike)"),
+        shape="mamba1",
+    ),
+    "Mamba-1: no bias of dt": Fault(
+        *(
+            mixers.Mamba1,
+            "forward",
+            "self.dt_proj(dt_TR).to(wide) + self.dt_bias.to(wide)",
+            "self.dt_proj(dt_TR).to(wide)",
+        ),
+        *(TRUTH, "sublayers.0 (Mamba-1): dt |(as if the bias were left out)"),
+        shape="mamba1",
+        quiet=(PACKED, DECODE),
+    ),
+    "Mamba-1: scan leaks between documents": Fault(
+        *(selective_scan, "_chunks", "None if first == start else kept - 1", "kept - 1 if kept else None"),
+        *(PACKED, "sublayers.0 (Mamba-1): scan |first in document 1, token 0"),
+        shape="mamba1",
+        quiet=(TRUTH, WHOLE, "causality"),
+    ),
+    "Mamba-1: conv leaks between documents": Fault(
+        *(mixers.Mamba1, "_convolve", "self.conv_bias, call.documents)[0]"),
+        "self.conv_bias, type(call.documents).from_lengths([call.documents.total]))[0]",
+        *(PACKED, "sublayers.0 (Mamba-1): conv |first in document 1, token 0"),
+        shape="mamba1",
+        quiet=(TRUTH, WHOLE, "causality"),
+    ),
+    "Mamba-1: scan state dropped between segments": Fault(
+        *(mixers.Mamba1, "_scan", "call.documents, state.ssm_BNI, size", "call.documents, None, size"),
+        *(SEGMENTS, "sublayers.0 (Mamba-1): scan |document 0, token 1"),
+        shape="mamba1",
+        quiet=(TRUTH, WHOLE, PACKED),
+    ),
+    "Mamba-1: scan state not carried": Fault(
+        *(mixers.Mamba1, "_scan", "state.ssm_BNI.copy_(rows)", "pass"),
+        *(DECODE, "sublayers.0 (Mamba-1): scan "),
+        shape="mamba1",
+        quiet=(TRUTH, WHOLE, PACKED),
+    ),
+    "Mamba-1: the step forgets dt": Fault(
+        *(mixers, "selective_scan_step", "(dt_BI * x_BI)", "x_BI"),
+        *(DECODE, "sublayers.0 (Mamba-1): scan "),
+        shape="mamba1",
+        quiet=(TRUTH, WHOLE, PACKED),
+    ),
+    "Mamba-1: chunks that forget": Fault(
+        *(selective_scan._Inputs, "before", "return kept_SNI[chunk.before]", "return None"),
+        *("chunk size unseen", "sublayers.0 (Mamba-1): scan "),
+        shape="mamba1",
+    ),
+    "Mamba-1: a gradient that leaks between documents": Fault(
+        *(selective_scan._SelectiveScan, "backward", "dfinal_DNI[chunk.document] if chunk.after is None else after_NI"),
+        "dfinal_DNI[chunk.document] + after_NI if chunk.after is None else after_NI",
+        *(GRADIENTS, "sublayers."),
+        shape="mamba1",
+        quiet=(TRUTH, WHOLE, PACKED, DECODE, TRAINED),
+    ),
+    "Mamba-1: a parameter without gradient": Fault(
+        *(mixers.Mamba1, "_scan", "self.A_log.to(dt_TI.dtype)", "self.A_log.detach().to(dt_TI.dtype)"),
+        *(TRAINED, "sublayers.0.mixer.A_log is not used"),
+        shape="mamba1",
+        quiet=(TRUTH, WHOLE, PACKED, DECODE),
+    ),
+    "a capacity outside training": Fault(
+        *(mixers.Experts, "forward", "call.recycling is not None:"),
+        "(call := __import__('dataclasses').replace(call, recycling=torch.Generator())):",
+        *(TRUTH, "sublayers.1 (mixture of experts): routed experts "),
+        shape="mamba1",
     ),
     "a gradient that leaks between documents": Fault(
         *(conv._CausalConv, "backward", "return dpadded.index_select(0, margins.token_rows_T)"),

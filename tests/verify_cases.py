@@ -3,7 +3,7 @@
 Not a test file. A fault is a change of one line in the source of a function that is otherwise run as it is.
 
 >>> sorted(SHAPES)
-['granite', 'granite dense', 'llama', 'nemotron', 'turbos']
+['granite', 'granite dense', 'llama', 'mamba1', 'nemotron', 'turbos']
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         **{"bias_update": "freeze", "router_scale": 1.5},
     },
     "llama": {"layers": "ADADAD", "rope_theta": 10000.0},
+    "mamba1": {"layers": "SFADSF", "capacity_factor": 1.25},
     "turbos": {"layers": "MFADMA", "rope_theta": 10000.0, "qk_norm": True},
 }
 

@@ -50,8 +50,12 @@ class Verb:
 VERBS = (
     Verb("demo", "turbos.cli.demo", "the whole life of a small reasoning model, from text to a table", resumes=True),
     Verb("pretrain", "turbos.cli.stages", "train a model on text and problems", takes_overrides=True, resumes=True),
+    Verb(
+        "anneal", "turbos.cli.stages", "go on pretraining with conversations, to the rate's floor", True, resumes=True
+    ),
     Verb("sft", "turbos.cli.stages", "teach a model to answer, with and without thinking", True, resumes=True),
     Verb("rl", "turbos.cli.stages", "improve a model by checked answers (GRPO)", takes_overrides=True, resumes=True),
+    Verb("data", "turbos.cli.data", "fetch and show texts to train on", resumes=True),
     Verb("generate", "turbos.cli.generate", "continue a text or answer a question"),
     Verb("plot", "turbos.cli.plot", "draw the curves of a run"),
     Verb("describe", "turbos.cli.describe", "count a model's parameters, work and memory", takes_overrides=True),

@@ -1,7 +1,8 @@
-"""The three stages of training as verbs: `turbos pretrain`, `turbos sft`, `turbos rl`.
+"""The stages of training as verbs: `turbos pretrain`, `turbos anneal`, `turbos sft`, `turbos rl`.
 
 All have one form, `turbos STAGE RECIPE [--run DIR] [--dry-run] [--json] [--threads N] [--dotted.key value ...]`. What
-a stage does is in `train.pretrain`, `train.sft` and `rl.loop`; here a recipe is resolved and a run directory chosen.
+a stage does is in `train.pretrain`, `train.anneal`, `train.sft` and `rl.loop`; here a recipe is resolved and a run
+directory chosen.
 
     turbos pretrain demo --train.steps 50 --run runs/short
 """
@@ -22,6 +23,7 @@ from turbos.common.errors import UserError
 
 HELP = {
     "pretrain": "train a model on text and problems",
+    "anneal": "end pretraining with conversations and a falling rate",
     "sft": "teach a model to answer, with and without thinking",
     "rl": "improve a model by checked answers (GRPO)",
 }
@@ -36,7 +38,7 @@ class Stage:
 
 
 def add_parser(subparsers: Any) -> None:
-    """Declare the three verbs, which differ in nothing but their recipes."""
+    """Declare the verbs, which differ in nothing but their recipes."""
     for verb, text in HELP.items():
         parser = subparsers.add_parser(
             verb,
@@ -81,6 +83,10 @@ def load_stage(verb: str) -> Stage:
         from turbos.train.pretrain import PretrainRecipe, pretrain
 
         return Stage(PretrainRecipe, pretrain)
+    if verb == "anneal":
+        from turbos.train.anneal import AnnealRecipe, anneal
+
+        return Stage(AnnealRecipe, anneal)
     if verb == "sft":
         from turbos.train.sft import SFTRecipe, sft
 

@@ -136,6 +136,7 @@ class Batch:
 
     `targets_T[t]` is the token after `tokens_T[t]` in the same document, or `IGNORED`; `loss_weights_T[t]` is the
     weight of predicting it (0 where ignored). `advantages_T` and `logprobs_T` (sampler's, of the target) are RL's.
+    `recycling_seed` is the trainer's: it decides where tokens beyond an expert's capacity go; None sets no capacity.
     """
 
     tokens_T: Tensor
@@ -144,3 +145,4 @@ class Batch:
     loss_weights_T: Tensor
     advantages_T: Tensor | None = None
     logprobs_T: Tensor | None = None
+    recycling_seed: int | None = None

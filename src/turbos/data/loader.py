@@ -2,8 +2,9 @@
 
 Per source, documents are packed once (best fit) into slots; each epoch takes all slots in another order, so every
 document appears whole exactly once per epoch. A fixed cycle deals the slots of a batch out to the sources by their
-weights. Documents longer than a slot are cut into pieces; each piece still predicts the token after it. Nothing here
-knows of ranks or of devices.
+weights. Texts longer than a slot are cut into pieces; each piece still predicts the token after it. Conversations are
+never cut, and predict only what the assistant says: longer ones wait (`Loader.waiting`). Nothing here knows of ranks or
+of devices.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from turbos.common.errors import UserError
 from turbos.common.records import IGNORED, Batch, Documents
+from turbos.data.chats import ChatTargets
 from turbos.data.packing import pack_lengths
 from turbos.data.shards import ShardReader
 
@@ -28,11 +30,15 @@ CYCLE = 1024
 
 @dataclass(frozen=True)
 class Part:
-    """One source of a mixture: its shards and its share of the tokens (weights need not add up to 1)."""
+    """One source of a mixture: its shards and its share of the tokens (weights need not add up to 1).
+
+    With `targets` its documents are conversations: whole, with loss where those say.
+    """
 
     name: str
     readers: tuple[ShardReader, ...]
     weight: float = 1.0
+    targets: ChatTargets | None = None
 
 
 @dataclass(frozen=True)
@@ -50,14 +56,27 @@ class Piece:
         return self.start + 1 < self.document_end
 
 
-def _pieces(readers: Sequence[ShardReader], longest: int) -> list[Piece]:
-    """Every document of the shards, long ones cut into pieces of at most `longest` tokens."""
-    found = []
-    for number, reader in enumerate(readers):
+@dataclass(frozen=True)
+class Waiting:
+    """A conversation that is longer than a slot: it waits for a phase with a longer context."""
+
+    source: str
+    shard: str
+    document: int
+    tokens: int
+
+
+def _pieces(part: Part, longest: int) -> tuple[list[Piece], list[Waiting]]:
+    """Every document of a source in pieces of at most `longest` tokens, and the conversations that are longer."""
+    found, waiting = [], []
+    for number, reader in enumerate(part.readers):
         borders = reader.offsets.tolist()
-        for start, end in pairwise(borders):
-            found += [Piece(number, at, min(at + longest, end), end) for at in range(start, end, longest)]
-    return found
+        for document, (start, end) in enumerate(pairwise(borders)):
+            if part.targets is not None and end - start > longest:
+                waiting.append(Waiting(part.name, reader.path.name, document, end - start))
+            else:
+                found += [Piece(number, at, min(at + longest, end), end) for at in range(start, end, longest)]
+    return found, waiting
 
 
 class _Slots:
@@ -66,7 +85,12 @@ class _Slots:
     def __init__(self, part: Part, number: int, slot_tokens: int, seed: int) -> None:
         self.part = part
         self._key = (seed, number)
-        pieces = _pieces(part.readers, slot_tokens)
+        pieces, self.waiting = _pieces(part, slot_tokens)
+        if not pieces and self.waiting:
+            raise UserError(
+                f"all {len(self.waiting)} conversations of {part.name!r} are longer than {slot_tokens} tokens: "
+                "raise data.longest_document, or leave that source out"
+            )
         if not pieces:
             raise UserError(f"source {part.name!r} has no documents: leave it out or name another")
         # Shuffled before packing, so that documents of equal length meet in no order of the corpus.
@@ -111,7 +135,10 @@ def _batch(parts: Sequence[tuple[Part, Piece]]) -> Batch:
         ids = reader.tokens(piece.start, min(piece.end + 1, piece.document_end))
         length = piece.end - piece.start
         tokens.append(ids[:length])
-        targets.append(ids[1:] if len(ids) > length else np.append(ids[1:], IGNORED))
+        following = ids[1:]
+        if part.targets is not None:
+            following = np.where(part.targets.weights(ids)[1:], following, IGNORED)
+        targets.append(following if len(ids) > length else np.append(following, IGNORED))
     targets_T = torch.from_numpy(np.concatenate(targets))
     return Batch(
         tokens_T=torch.from_numpy(np.concatenate(tokens)),
@@ -165,13 +192,21 @@ class Loader:
         chosen = [self._slot(number) for number in range(first, first + self.slots_per_batch)]
         return _batch([(part, piece) for part, pieces in chosen for piece in pieces])
 
+    @cached_property
+    def waiting(self) -> list[Waiting]:
+        """Conversations that are longer than a slot, and in no batch."""
+        return [one for source in self._sources for one in source.waiting]
+
     def slots_in_epoch(self, name: str) -> int:
         """How many slots make one epoch of a source (a batch has `slots_per_batch` of them)."""
         return next(len(source) for source in self._sources if source.part.name == name)
 
 
-def batches_once(reader: ShardReader, tokens_per_batch: int) -> Iterator[Batch]:
-    """Every document of a shard once, in packed batches: for measuring, where nothing is drawn."""
-    part = Part(str(reader.path), (reader,))
+def batches_once(reader: ShardReader, tokens_per_batch: int, targets: ChatTargets | None = None) -> Iterator[Batch]:
+    """Every document of a shard once, in packed batches: for measuring, where nothing is drawn.
+
+    Conversations (`targets`) that are longer than a batch are left out.
+    """
+    part = Part(str(reader.path), (reader,), targets=targets)
     slots = _Slots(part, 0, tokens_per_batch, seed=0)
     return (_batch([(part, piece) for piece in slots.at(position)]) for position in range(len(slots)))

@@ -1,7 +1,8 @@
 """Shards: tokens of many documents in one file that is mapped, never read whole; foreign or cut files are refused.
 
 Layout: a header of 128 bytes, the tokens (uint16 below 65,537 ids, else uint32) padded to 8 bytes, and
-`documents + 1` offsets (int64). The header says which tokenizer made it. Every document ends with `<|endoftext|>`.
+`documents + 1` offsets (int64). The header says which tokenizer made it. Every text ends with `<|endoftext|>`;
+conversations end as they were rendered.
 Which documents make a batch is the matter of `loader.py`.
 """
 
@@ -10,21 +11,21 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from turbos.common.errors import UserError
+from turbos.data.encode import encoded
 from turbos.text.tokenizer import END_OF_TEXT, Tokenizer
 
 MAGIC, VERSION = b"TURBOS\x00\x01", 1
 HEADER_BYTES = 128
 # magic, version, bytes per token, vocabulary, documents, tokens, text bytes, checksum of the body, tokenizer's sha256
 HEADER = struct.Struct("<8sIIQQQQI32s")
-ENCODE_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,25 @@ def write_shard(path: str | Path, texts: Iterable[str], tokenizer: Tokenizer) ->
 
     Raises UserError where there is no text.
     """
-    path = Path(path)
+    return _write(Path(path), encoded(texts, tokenizer, tokenizer.special(END_OF_TEXT)), tokenizer)
+
+
+def write_rendered(path: str | Path, rendered: Iterable[Sequence[int]], tokenizer: Tokenizer) -> ShardInfo:
+    """The same for documents that are tokens already, such as conversations; nothing is added to them."""
+    rows = ((np.array(ids, dtype=np.uint32), _text_bytes(ids, tokenizer)) for ids in rendered)
+    return _write(Path(path), rows, tokenizer)
+
+
+def _text_bytes(ids: Sequence[int], tokenizer: Tokenizer) -> int:
+    return len(tokenizer.decode(ids, skip_special=True).encode())
+
+
+def _write(path: Path, rows: Iterable[tuple[np.ndarray, int]], tokenizer: Tokenizer) -> ShardInfo:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with partial.open("wb") as file:
-            info = _write_body(file, texts, tokenizer)
+            info = _write_body(file, rows, tokenizer)
             if not info.documents:
                 raise UserError(f"the corpus for {path} is empty: name a source that holds text")
             file.seek(0)
@@ -79,23 +93,22 @@ def write_shard(path: str | Path, texts: Iterable[str], tokenizer: Tokenizer) ->
     return info
 
 
-def _write_body(file: object, texts: Iterable[str], tokenizer: Tokenizer) -> ShardInfo:
-    """Write tokens and offsets behind an empty header; returns what the header must say."""
+def _write_body(file: BinaryIO, rows: Iterable[tuple[np.ndarray, int]], tokenizer: Tokenizer) -> ShardInfo:
+    """Write tokens and offsets behind an empty header; returns what the header must say.
+
+    A row is a document's tokens and the UTF-8 bytes of its text.
+    """
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    write = file.write  # type: ignore[attr-defined]
-    write(b"\0" * HEADER_BYTES)
+    file.write(b"\0" * HEADER_BYTES)
     offsets, text_bytes, checksum = [0], 0, 0
-    end = tokenizer.special(END_OF_TEXT)
-    remaining = iter(texts)
-    while group := list(islice(remaining, ENCODE_AT_ONCE)):
-        for text, ids in zip(group, tokenizer.encode_batch(group), strict=True):
-            raw = np.array([*ids, end], dtype=dtype).tobytes()
-            write(raw)
-            checksum = zlib.crc32(raw, checksum)
-            offsets.append(offsets[-1] + len(ids) + 1)
-            text_bytes += len(text.encode())
+    for ids, size in rows:
+        raw = ids.astype(dtype).tobytes()
+        file.write(raw)
+        checksum = zlib.crc32(raw, checksum)
+        offsets.append(offsets[-1] + len(ids))
+        text_bytes += size
     tail = b"\0" * (-offsets[-1] * dtype.itemsize % 8) + np.array(offsets, dtype="<i8").tobytes()
-    write(tail)
+    file.write(tail)
     return ShardInfo(
         token_bytes=dtype.itemsize,
         vocab_size=tokenizer.vocab_size,

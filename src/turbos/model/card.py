@@ -123,7 +123,7 @@ def _model(config: ModelConfig) -> str:
     loads = "TurboS alone" if family is NATIVE else "`transformers.AutoModelForCausalLM`, without remote code"
     rows = [
         ("family", f"`{family.name}`, loaded by {loads}"),
-        ("sublayers", f"`{shortened(config.layers)}` (M Mamba2, A attention, F experts, D dense)"),
+        ("sublayers", f"`{shortened(config.layers)}` (M Mamba2, S Mamba-1, A attention, F experts, D dense)"),
         ("parameters", f"{counts.total_params:,} in all, {counts.active_params:,} a token"),
         ("vocabulary", f"{config.vocab_size:,}"),
         ("longest text", f"{config.max_positions:,} tokens"),

@@ -1,7 +1,8 @@
 """What a model is: a string of sublayers and the sizes of each kind.
 
-`layers` has one letter per pre-norm residual sublayer: `M` Mamba2, `A` grouped-query attention, `F` mixture of experts
-with a shared expert, `D` dense feed-forward. A part in brackets may be repeated: `"(MF)*3AF"` is `"MFMFMFAF"`.
+`layers` has one letter per pre-norm residual sublayer: `M` Mamba2, `S` Mamba-1 (selective scan), `A` grouped-query
+attention, `F` mixture of experts with a shared expert, `D` dense feed-forward. A part in brackets may be repeated:
+`"(MF)*3AF"` is `"MFMFMFAF"`.
 
 >>> ModelConfig(vocab_size=512, hidden_size=64, layers="(MF)*3AF").layers
 'MFMFMFAF'
@@ -17,14 +18,16 @@ from typing import Literal
 
 from turbos.common.errors import UserError
 
-KINDS = {"M": "Mamba2", "A": "attention", "F": "mixture of experts", "D": "dense feed-forward"}
+KINDS = {"M": "Mamba2", "S": "Mamba-1", "A": "attention", "F": "mixture of experts", "D": "dense feed-forward"}
 
-TRAINING_FIELDS = ("aux_loss", "z_loss", "bias_update", "bias_rate", "init_std")
+TRAINING_FIELDS = ("aux_loss", "z_loss", "bias_update", "bias_rate", "capacity_factor", "init_std")
 """Options that only training reads."""
 
 FIELDS_OF_SUBLAYERS = (
     ("A", ("num_heads", "num_kv_heads", "head_dim", "rope_theta", "rope_alpha", "qk_norm", "attention_multiplier")),
-    ("M", ("mamba_heads", "mamba_head_dim", "mamba_state", "mamba_groups", "conv_kernel", "chunk_size")),
+    ("M", ("mamba_heads", "mamba_head_dim", "mamba_state", "mamba_groups")),
+    ("S", ("mamba1_inner", "mamba1_state", "mamba1_dt_rank")),
+    ("MS", ("conv_kernel", "chunk_size")),
     ("F", ("num_experts", "top_k", "expert_size", "shared_expert_size", "router", "router_normalise", "router_scale")),
     ("D", ("ffn_size",)),
     ("FD", ("activation",)),
@@ -44,8 +47,10 @@ class ModelConfig:
 
     Multipliers and `logits_scaling` are Granite's: embedding output and residual branches are multiplied, logits are
     divided. `attention_multiplier` None means `head_dim ** -0.5`. `rope_theta` None means no positions (NoPE).
+    `mamba1_dt_rank` None means a sixteenth of `hidden_size`, rounded up.
     Balancing: `aux_loss` and `z_loss` are coefficients; `bias_update` steers the sigmoid router's selection bias by
-    `bias_rate` a step (`freeze` keeps it, `off` ignores it).
+    `bias_rate` a step (`freeze` keeps it, `off` ignores it); `capacity_factor` limits an expert to that many times its
+    even share of a training batch, and tokens beyond it are recycled (`ops.recycle`; None: no limit).
     """
 
     vocab_size: int
@@ -61,6 +66,9 @@ class ModelConfig:
     mamba_head_dim: int = 32
     mamba_state: int = 64
     mamba_groups: int = 1
+    mamba1_inner: int = 256
+    mamba1_state: int = 16
+    mamba1_dt_rank: int | None = None
     conv_kernel: int = 4
     chunk_size: int = 64
     ffn_size: int = 256
@@ -76,6 +84,7 @@ class ModelConfig:
     z_loss: float = 0.001
     bias_update: Literal["update", "freeze", "off"] = "off"
     bias_rate: float = 0.001
+    capacity_factor: float | None = None
     norm_eps: float = 1e-5
     tied: bool = True
     embedding_multiplier: float = 1.0
@@ -104,6 +113,16 @@ class ModelConfig:
         return self.mamba_inner + 2 * self.mamba_groups * self.mamba_state
 
     @property
+    def dt_rank(self) -> int:
+        """Rank of the step size's projection in a Mamba-1 sublayer (Mamba's default: hidden_size / 16, rounded up)."""
+        return -(-self.hidden_size // 16) if self.mamba1_dt_rank is None else self.mamba1_dt_rank
+
+    @property
+    def scans(self) -> bool:
+        """Whether some sublayer scans in chunks of `chunk_size`."""
+        return bool(set("MS") & set(self.layers))
+
+    @property
     def attention_scale(self) -> float:
         """Factor on query-key products."""
         return self.head_dim**-0.5 if self.attention_multiplier is None else self.attention_multiplier
@@ -121,13 +140,15 @@ def expand_layers(layers: str) -> str:
     return text
 
 
-# Smallest value of each size, by the sublayers that use it ("" = every model).
+# Smallest value of each size, by the kinds of sublayer that use it ("" = every model).
 _LEAST = (
     ("", 1, ("vocab_size", "hidden_size", "max_positions")),
     ("", 0, ("residual_multiplier",)),
     ("A", 1, ("num_heads", "num_kv_heads", "head_dim")),
-    ("M", 1, ("mamba_heads", "mamba_head_dim", "mamba_state", "mamba_groups", "chunk_size")),
-    ("M", 2, ("conv_kernel",)),
+    ("M", 1, ("mamba_heads", "mamba_head_dim", "mamba_state", "mamba_groups")),
+    ("S", 1, ("mamba1_inner", "mamba1_state", "dt_rank")),
+    ("MS", 1, ("chunk_size",)),
+    ("MS", 2, ("conv_kernel",)),
     ("F", 1, ("num_experts", "top_k", "expert_size")),
     ("F", 0, ("shared_expert_size", "aux_loss", "z_loss", "bias_rate")),
     ("D", 1, ("ffn_size",)),
@@ -165,8 +186,8 @@ def _impossible(config: ModelConfig) -> Iterator[str]:
 
 
 def _impossible_numbers(config: ModelConfig) -> Iterator[str]:
-    for letter, least, names in _LEAST:
-        for name in names if letter in config.layers else ():
+    for letters, least, names in _LEAST:
+        for name in names if not letters or set(letters) & set(config.layers) else ():
             if not getattr(config, name) >= least:
                 yield f"{name} must be at least {least}, not {getattr(config, name)}"
             if getattr(config, name) > LARGEST_SIZE:
@@ -190,6 +211,11 @@ def _impossible_attention(config: ModelConfig) -> Iterator[str]:
 
 
 def _impossible_experts(config: ModelConfig) -> Iterator[str]:
+    if config.capacity_factor is not None and not 1 <= config.capacity_factor < math.inf:
+        yield (
+            f"capacity_factor must be at least 1 (below, not all tokens find an expert), or null for no limit; "
+            f"not {config.capacity_factor}"
+        )
     if config.top_k > config.num_experts:
         yield f"top_k {config.top_k} must lie between 1 and num_experts {config.num_experts}"
     if config.router == "softmax":

@@ -44,8 +44,9 @@ def describe(config: ModelConfig, bytes_per_number: int = 2) -> Description:
         total += parameter.numel()
         routed = parameter_spec(name).routed
         active += parameter.numel() * config.top_k // config.num_experts if routed else parameter.numel()
-    mamba, attention = config.layers.count("M"), config.layers.count("A")
-    ssm_numbers = mamba * config.mamba_inner * config.mamba_state
+    mamba2, mamba1, attention = (config.layers.count(kind) for kind in "MSA")
+    ssm_numbers = mamba2 * config.mamba_inner * config.mamba_state + mamba1 * config.mamba1_inner * config.mamba1_state
+    conv_numbers = (config.conv_kernel - 1) * (mamba2 * config.conv_channels + mamba1 * config.mamba1_inner)
     multiplied = active - (0 if config.tied else model.embed_weight.numel())
     return Description(
         layers=config.layers,
@@ -54,7 +55,7 @@ def describe(config: ModelConfig, bytes_per_number: int = 2) -> Description:
         flops_per_token=2 * multiplied + 5 * ssm_numbers,
         kv_bytes_per_token=attention * 2 * config.num_kv_heads * config.head_dim * bytes_per_number,
         expert_product=_expert_product(config),
-        state_bytes=4 * ssm_numbers + mamba * (config.conv_kernel - 1) * config.conv_channels * bytes_per_number,
+        state_bytes=4 * ssm_numbers + conv_numbers * bytes_per_number,
     )
 
 

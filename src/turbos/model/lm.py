@@ -30,12 +30,16 @@ from turbos.ops.norm import rms_norm
 
 @dataclass(frozen=True)
 class Output:
-    """Hidden states after the final norm, and what the routers report (L mixture-of-experts sublayers)."""
+    """Hidden states after the final norm, and what the routers report (L mixture-of-experts sublayers).
+
+    `load_LE` counts the routers' own choices, `recycled_share` tells which part of them a capacity sent elsewhere.
+    """
 
     hidden_TD: Tensor
     balance_loss: Tensor
     z_loss: Tensor
     load_LE: Tensor
+    recycled_share: Tensor
 
 
 class Sublayer(nn.Module):
@@ -80,11 +84,21 @@ class LanguageModel(nn.Module):
         """Factor on `hidden @ head^T`."""
         return 1.0 / self.config.logits_scaling
 
-    def forward(self, tokens_T: Tensor, documents: Documents, state: HybridState | None = None) -> Output:
-        """Read packed tokens; with a state, continue its sequences and advance it in place."""
+    def forward(
+        self,
+        tokens_T: Tensor,
+        documents: Documents,
+        state: HybridState | None = None,
+        recycling_seed: int | None = None,
+    ) -> Output:
+        """Read packed tokens; with a state, continue its sequences and advance it in place.
+
+        A `recycling_seed` is for training: experts keep to `capacity_factor`, and the seed decides where tokens beyond
+        it go. Without one there is no capacity.
+        """
         if tokens_T.shape[0] != documents.total:
             raise ValueError(f"{tokens_T.shape[0]} tokens, but the documents cover {documents.total}")
-        call = self._begin(documents, state)
+        call = self._begin(documents, state, recycling_seed)
         x_TD = F.embedding(tokens_T, self.embed_weight)
         if self.config.embedding_multiplier != 1.0:
             x_TD = x_TD * self.config.embedding_multiplier
@@ -95,9 +109,12 @@ class LanguageModel(nn.Module):
         hidden_TD = rms_norm(x_TD, self.norm_weight, self.config.norm_eps)
         return _output(hidden_TD, call)
 
-    def _begin(self, documents: Documents, state: HybridState | None) -> Pass:
+    def _begin(self, documents: Documents, state: HybridState | None, recycling_seed: int | None) -> Pass:
         if state is None:
-            return Pass(documents, documents.positions_T, False, ())
+            generator = None if recycling_seed is None else torch.Generator().manual_seed(recycling_seed)
+            return Pass(documents, documents.positions_T, False, (), recycling=generator)
+        if recycling_seed is not None:
+            raise ValueError("a running state knows no expert capacity: recycling is for training on whole documents")
         if state.batch != documents.count:
             raise ValueError(f"{documents.count} documents for a state of {state.batch} sequences")
         state.check_room(documents.lengths)
@@ -122,7 +139,9 @@ class LanguageModel(nn.Module):
 def _output(hidden_TD: Tensor, call: Pass) -> Output:
     if not call.routers:
         zero = hidden_TD.new_zeros(())
-        return Output(hidden_TD, zero, zero, hidden_TD.new_zeros(0, 0))
+        return Output(hidden_TD, zero, zero, hidden_TD.new_zeros(0, 0), zero)
     balance = torch.stack([report.balance_loss for report in call.routers]).sum()
     z_loss = torch.stack([report.z_loss for report in call.routers]).sum()
-    return Output(hidden_TD, balance, z_loss, torch.stack([report.load_E for report in call.routers]).float())
+    load_LE = torch.stack([report.load_E for report in call.routers]).float()
+    recycled = torch.stack([report.recycled for report in call.routers]).sum()
+    return Output(hidden_TD, balance, z_loss, load_LE, recycled / load_LE.sum())

@@ -1,15 +1,15 @@
-"""The four kinds of sublayer: Mamba2, attention, mixture of experts, dense feed-forward.
+"""The kinds of sublayer: Mamba2, Mamba-1, attention, mixture of experts, dense feed-forward.
 
 Each maps normed packed tokens `[T, D]` to the branch that is added to the residual stream. With a state, document b of
 the call continues sequence b of the state; where every document is one token, the one-step forms of the ops run.
 
 Shapes: T tokens, B sequences, D width, H heads, K key/value heads, E head width (experts in the MoE), P Mamba head
-width, G groups, N state size, C conv channels.
+width, G groups, N state size, C conv channels, I inner channels, R rank of dt.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,36 +17,73 @@ from torch.nn import functional as F
 
 from turbos.common.records import Documents
 from turbos.model.config import ModelConfig
-from turbos.model.state import KVCache, MambaState
+from turbos.model.state import KVCache, MambaState, SelectiveState
 from turbos.ops import attention as attention_ops
-from turbos.ops import moe
+from turbos.ops import moe, recycle
 from turbos.ops.conv import causal_conv, conv_step
 from turbos.ops.linear import linear
 from turbos.ops.norm import gated_rms_norm, rms_norm
+from turbos.ops.selective_scan import selective_scan_chunked, selective_scan_step
 from turbos.ops.ssd import ssd_chunked, ssd_step
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One call of the model: where documents lie, what came before them, and what the routers report."""
+    """One call of the model: where documents lie, what came before them, and what the routers report.
+
+    `recycling` draws where tokens beyond an expert's capacity go; None sets no capacity.
+    """
 
     documents: Documents
     positions_T: Tensor
     step: bool  # a state is given and every document is one token
     earlier: tuple[int, ...]  # tokens of each sequence read before this call
     routers: list[RouterReport] = field(default_factory=list)
+    recycling: torch.Generator | None = None
 
 
 @dataclass(frozen=True)
 class RouterReport:
-    """What one router did: load `[E]` (token counts) and its losses, coefficients included."""
+    """What one router did: load `[E]` (token counts) and its losses, coefficients included.
+
+    `recycled` counts the choices that a capacity sent elsewhere; the load is of the choices before that.
+    """
 
     load_E: Tensor
     balance_loss: Tensor
     z_loss: Tensor
+    recycled: Tensor
 
 
-class Mamba2(nn.Module):
+class Projection(nn.Linear):
+    """`x @ W^T` without bias, by the faster of the machine's matrix libraries (`ops.linear`)."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """`[T, I] -> [T, O]`."""
+        return linear(x_TI, self.weight)
+
+
+class Convolving(nn.Module):
+    """What both Mambas share: a short causal convolution whose last inputs are carried."""
+
+    conv_weight: nn.Parameter
+    conv_bias: nn.Parameter
+
+    def _convolve(self, x_TC: Tensor, call: Pass, state: MambaState | SelectiveState | None) -> Tensor:
+        if state is None:
+            return causal_conv(x_TC, self.conv_weight, self.conv_bias, call.documents)[0]
+        if call.step:
+            y_TC, rows = conv_step(x_TC, self.conv_weight, self.conv_bias, state.conv_BKC)
+        else:
+            y_TC, rows = causal_conv(x_TC, self.conv_weight, self.conv_bias, call.documents, state.conv_BKC)
+        state.conv_BKC.copy_(rows)
+        return y_TC
+
+
+class Mamba2(Convolving):
     """Gated selective-state-space mixer (Dao & Gu 2024, arXiv 2405.21060, section 7), in Granite's parameter layout.
 
     `in_proj` rows: gate z, then x, B, C (under the convolution), then dt.
@@ -56,19 +93,19 @@ class Mamba2(nn.Module):
         super().__init__()
         self.config = config
         rows = config.mamba_inner + config.conv_channels + config.mamba_heads
-        self.in_proj = nn.Linear(config.hidden_size, rows, bias=False)
+        self.in_proj = Projection(config.hidden_size, rows)
         self.conv_weight = nn.Parameter(torch.empty(config.conv_channels, config.conv_kernel))
         self.conv_bias = nn.Parameter(torch.empty(config.conv_channels))
         self.dt_bias = nn.Parameter(torch.empty(config.mamba_heads))
         self.A_log = nn.Parameter(torch.empty(config.mamba_heads))
         self.D = nn.Parameter(torch.empty(config.mamba_heads))
         self.norm_weight = nn.Parameter(torch.empty(config.mamba_inner))
-        self.out_proj = nn.Linear(config.mamba_inner, config.hidden_size, bias=False)
+        self.out_proj = Projection(config.mamba_inner, config.hidden_size)
 
     def forward(self, x_TD: Tensor, call: Pass, state: MambaState | None) -> Tensor:
         """`[T, D] -> [T, D]`; a given state is advanced in place."""
         config = self.config
-        z_TI, xBC_TC, dt_TH = linear(x_TD, self.in_proj.weight).split(
+        z_TI, xBC_TC, dt_TH = self.in_proj(x_TD).split(
             [config.mamba_inner, config.conv_channels, config.mamba_heads], dim=-1
         )
         wide = torch.float64 if dt_TH.dtype == torch.float64 else torch.float32
@@ -81,17 +118,7 @@ class Mamba2(nn.Module):
         y_THP = self._scan(x_THP, dt_TH, B_TGN, C_TGN, call, state)
         y_THP = torch.addcmul(y_THP, x_THP, self.D.to(x_THP.dtype)[:, None])
         y_TI = gated_rms_norm(y_THP.flatten(1), z_TI, self.norm_weight, config.norm_eps, config.mamba_groups)
-        return linear(y_TI, self.out_proj.weight)
-
-    def _convolve(self, x_TC: Tensor, call: Pass, state: MambaState | None) -> Tensor:
-        if state is None:
-            return causal_conv(x_TC, self.conv_weight, self.conv_bias, call.documents)[0]
-        if call.step:
-            y_TC, rows = conv_step(x_TC, self.conv_weight, self.conv_bias, state.conv_BKC)
-        else:
-            y_TC, rows = causal_conv(x_TC, self.conv_weight, self.conv_bias, call.documents, state.conv_BKC)
-        state.conv_BKC.copy_(rows)
-        return y_TC
+        return self.out_proj(y_TI)
 
     def _scan(
         self, x_THP: Tensor, dt_TH: Tensor, B_TGN: Tensor, C_TGN: Tensor, call: Pass, state: MambaState | None
@@ -110,16 +137,65 @@ class Mamba2(nn.Module):
         return y_THP.to(x_THP.dtype)
 
 
+class Mamba1(Convolving):
+    """Selective state-space mixer (Gu & Dao 2023, arXiv 2312.00752, section 3), in the reference code's layout.
+
+    `in_proj` rows: x (under the convolution), then gate z. `x_proj` makes, from each token's convolved x, the low-rank
+    input of its step sizes, then B and C; `dt_proj` spreads the step sizes over the channels.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        inner, state, rank = config.mamba1_inner, config.mamba1_state, config.dt_rank
+        self.config = config
+        self.in_proj = Projection(config.hidden_size, 2 * inner)
+        self.conv_weight = nn.Parameter(torch.empty(inner, config.conv_kernel))
+        self.conv_bias = nn.Parameter(torch.empty(inner))
+        self.x_proj = Projection(inner, rank + 2 * state)
+        self.dt_proj = Projection(rank, inner)
+        self.dt_bias = nn.Parameter(torch.empty(inner))
+        self.A_log = nn.Parameter(torch.empty(inner, state))
+        self.D = nn.Parameter(torch.empty(inner))
+        self.out_proj = Projection(inner, config.hidden_size)
+
+    def forward(self, x_TD: Tensor, call: Pass, state: SelectiveState | None) -> Tensor:
+        """`[T, D] -> [T, D]`; a given state is advanced in place."""
+        sizes = [self.config.dt_rank, self.config.mamba1_state, self.config.mamba1_state]
+        x_TI, z_TI = self.in_proj(x_TD).chunk(2, dim=-1)
+        x_TI = F.silu(self._convolve(x_TI, call, state))
+        dt_TR, B_TN, C_TN = self.x_proj(x_TI).split(sizes, dim=-1)
+        wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
+        dt_TI = F.softplus(self.dt_proj(dt_TR).to(wide) + self.dt_bias.to(wide))
+        y_TI = self._scan(x_TI, dt_TI, B_TN, C_TN, call, state)
+        y_TI = torch.addcmul(y_TI, x_TI, self.D.to(x_TI.dtype))
+        return self.out_proj(y_TI * F.silu(z_TI))
+
+    def _scan(
+        self, x_TI: Tensor, dt_TI: Tensor, B_TN: Tensor, C_TN: Tensor, call: Pass, state: SelectiveState | None
+    ) -> Tensor:
+        A_NI = -torch.exp(self.A_log.to(dt_TI.dtype).T)
+        size = self.config.chunk_size
+        if state is None:
+            return selective_scan_chunked(x_TI, dt_TI, A_NI, B_TN, C_TN, call.documents, None, size)[0]
+        if call.step:
+            wide = dt_TI.dtype
+            y_TI, rows = selective_scan_step(x_TI.to(wide), dt_TI, A_NI, B_TN.to(wide), C_TN.to(wide), state.ssm_BNI)
+        else:
+            y_TI, rows = selective_scan_chunked(x_TI, dt_TI, A_NI, B_TN, C_TN, call.documents, state.ssm_BNI, size)
+        state.ssm_BNI.copy_(rows)
+        return y_TI.to(x_TI.dtype)
+
+
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245), optionally with QK norm and rotary positions."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.q_proj = nn.Linear(config.hidden_size, config.num_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_proj = Projection(config.hidden_size, config.num_heads * config.head_dim)
+        self.k_proj = Projection(config.hidden_size, config.num_kv_heads * config.head_dim)
+        self.v_proj = Projection(config.hidden_size, config.num_kv_heads * config.head_dim)
+        self.o_proj = Projection(config.num_heads * config.head_dim, config.hidden_size)
         if config.qk_norm:
             self.q_norm_weight = nn.Parameter(torch.empty(config.head_dim))
             self.k_norm_weight = nn.Parameter(torch.empty(config.head_dim))
@@ -127,16 +203,16 @@ class Attention(nn.Module):
     def forward(self, x_TD: Tensor, call: Pass, state: KVCache | None) -> Tensor:
         """`[T, D] -> [T, D]`; keys and values are written into a given state."""
         config = self.config
-        q_THE = linear(x_TD, self.q_proj.weight).unflatten(-1, (config.num_heads, config.head_dim))
-        k_TKE = linear(x_TD, self.k_proj.weight).unflatten(-1, (config.num_kv_heads, config.head_dim))
-        v_TKE = linear(x_TD, self.v_proj.weight).unflatten(-1, (config.num_kv_heads, config.head_dim))
+        q_THE = self.q_proj(x_TD).unflatten(-1, (config.num_heads, config.head_dim))
+        k_TKE = self.k_proj(x_TD).unflatten(-1, (config.num_kv_heads, config.head_dim))
+        v_TKE = self.v_proj(x_TD).unflatten(-1, (config.num_kv_heads, config.head_dim))
         if config.qk_norm:
             q_THE = rms_norm(q_THE, self.q_norm_weight, config.norm_eps)
             k_TKE = rms_norm(k_TKE, self.k_norm_weight, config.norm_eps)
         if config.rope_theta is not None:
             q_THE = attention_ops.rotate(q_THE, call.positions_T, config.rope_theta, config.rope_alpha)
             k_TKE = attention_ops.rotate(k_TKE, call.positions_T, config.rope_theta, config.rope_alpha)
-        return linear(self._attend(q_THE, k_TKE, v_TKE, call, state).flatten(1), self.o_proj.weight)
+        return self.o_proj(self._attend(q_THE, k_TKE, v_TKE, call, state).flatten(1))
 
     def _attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, call: Pass, state: KVCache | None) -> Tensor:
         scale = self.config.attention_scale
@@ -159,12 +235,12 @@ class DenseFFN(nn.Module):
     def __init__(self, config: ModelConfig, size: int):
         super().__init__()
         self.activation = config.activation
-        self.w_in = nn.Linear(config.hidden_size, size * (2 if config.activation == "swiglu" else 1), bias=False)
-        self.w_out = nn.Linear(size, config.hidden_size, bias=False)
+        self.w_in = Projection(config.hidden_size, size * (2 if config.activation == "swiglu" else 1))
+        self.w_out = Projection(size, config.hidden_size)
 
     def forward(self, x_TD: Tensor, call: Pass, state: None) -> Tensor:
         """`[T, D] -> [T, D]`."""
-        return linear(moe.activate(linear(x_TD, self.w_in.weight), self.activation), self.w_out.weight)
+        return self.w_out(moe.activate(self.w_in(x_TD), self.activation))
 
 
 class Experts(nn.Module):
@@ -188,7 +264,14 @@ class Experts(nn.Module):
         logits_TE = F.linear(x_TD.to(wide), self.router_weight.to(wide))
         routing = self._route(logits_TE)
         load_E = moe.expert_load(routing.experts_TK, self.config.num_experts)
-        call.routers.append(self._report(logits_TE, load_E))
+        # The router answers for what it chose itself: recycling must not hide that it overloads an expert.
+        report = self._report(logits_TE, load_E)
+        if self.config.capacity_factor is not None and call.recycling is not None:
+            experts_TK = self._recycle(routing.experts_TK, self.config.capacity_factor, call.recycling)
+            report = replace(report, recycled=(experts_TK != routing.experts_TK).sum())
+            routing = moe.Routing(experts_TK, self._gates(logits_TE, experts_TK))
+            load_E = moe.expert_load(experts_TK, self.config.num_experts)
+        call.routers.append(report)
         y_TD = moe.mix_experts(x_TD, routing, load_E, self.w_in, self.w_out, self.config.activation)
         return y_TD if self.shared is None else y_TD + self.shared(x_TD, call, None)
 
@@ -201,13 +284,25 @@ class Experts(nn.Module):
             logits_TE, bias_E, config.top_k, normalise=config.router_normalise, scale=config.router_scale
         )
 
+    def _recycle(self, experts_TK: Tensor, factor: float, generator: torch.Generator) -> Tensor:
+        tokens, top_k = experts_TK.shape
+        capacity = recycle.capacity_of(tokens, top_k, self.config.num_experts, factor)
+        return recycle.recycle(experts_TK, self.config.num_experts, capacity, generator)
+
+    def _gates(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        """The router's weights for given experts."""
+        config = self.config
+        if config.router == "softmax":
+            return moe.softmax_gates(logits_TE, experts_TK)
+        return moe.sigmoid_gates(logits_TE, experts_TK, normalise=config.router_normalise, scale=config.router_scale)
+
     def _report(self, logits_TE: Tensor, load_E: Tensor) -> RouterReport:
         zero = logits_TE.new_zeros(())
         if not torch.is_grad_enabled():
-            return RouterReport(load_E, zero, zero)
+            return RouterReport(load_E, zero, zero, zero)
         aux, z = self.config.aux_loss, self.config.z_loss
         balance = aux * moe.balance_loss(logits_TE, load_E) if aux else zero
-        return RouterReport(load_E, balance, z * moe.router_z_loss(logits_TE) if z else zero)
+        return RouterReport(load_E, balance, z * moe.router_z_loss(logits_TE) if z else zero, zero)
 
     @torch.no_grad()
     def update_selection_bias(self, load_E: Tensor) -> None:
@@ -220,6 +315,8 @@ def build_mixer(kind: str, config: ModelConfig) -> nn.Module:
     """The sublayer that a letter of `layers` stands for."""
     if kind == "M":
         return Mamba2(config)
+    if kind == "S":
+        return Mamba1(config)
     if kind == "A":
         return Attention(config)
     return Experts(config) if kind == "F" else DenseFFN(config, config.ffn_size)

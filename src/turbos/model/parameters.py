@@ -18,8 +18,8 @@ from turbos.model.config import ModelConfig
 
 LAW_4 = (
     ("router logits, scores, gates, balance losses", "model.mixers.Experts"),
-    ("dt after softplus, A, decay sums", "model.mixers.Mamba2"),
-    ("scan state", "model.state.MambaState, ops.ssd"),
+    ("dt after softplus, A, decay sums", "model.mixers.Mamba2, model.mixers.Mamba1"),
+    ("scan state", "model.state.MambaState, model.state.SelectiveState, ops.ssd, ops.selective_scan"),
     ("mean squares of norms", "ops.norm"),
     ("logits", "model.lm.LanguageModel.logits"),
     ("log-probabilities, entropies, losses", "ops.loss"),
@@ -68,7 +68,17 @@ def _dt_bias(weight: Tensor, config: ModelConfig, generator: Generator) -> None:
 
 
 def _A_log(weight: Tensor, config: ModelConfig, generator: Generator) -> None:
-    weight.uniform_(1.0, 16.0, generator=generator).log_()
+    if weight.dim() == 1:
+        weight.uniform_(1.0, 16.0, generator=generator).log_()
+    else:
+        # Mamba-1 has a rate for every state of a channel, from slow to fast: 1 ... N (S4D-real, arXiv 2206.11893).
+        weight.copy_(torch.arange(1, weight.shape[1] + 1).log().expand(weight.shape))
+
+
+def _dt_proj(weight: Tensor, config: ModelConfig, generator: Generator) -> None:
+    # The size at which the step keeps the variance of its low-rank input (Mamba's reference init).
+    bound = config.dt_rank**-0.5
+    weight.uniform_(-bound, bound, generator=generator)
 
 
 # end of the name, init, precision, weight decay, routed expert
@@ -82,6 +92,8 @@ TABLE: tuple[tuple[str, Fill, Literal["fp32", "model"], bool, bool], ...] = (
     ("dt_bias", _dt_bias, "fp32", False, False),
     ("A_log", _A_log, "fp32", False, False),
     ("mixer.D", _ones, "fp32", False, False),
+    ("x_proj.weight", _normal, "model", True, False),
+    ("dt_proj.weight", _dt_proj, "model", True, False),
     ("out_proj.weight", _branch_output, "model", True, False),
     ("q_proj.weight", _normal, "model", True, False),
     ("k_proj.weight", _normal, "model", True, False),

@@ -1,4 +1,4 @@
-"""What a model remembers of running sequences: keys and values per attention sublayer, conv and scan state per Mamba2.
+"""What a model remembers of running sequences: keys and values per attention sublayer, conv and scan state per Mamba.
 
 One object holds `B` sequences. Keys and values are allocated once for `max_len` tokens and written in place; the scan
 state is fp32 (or float64 in tests) and of constant size. A view made by `rows` shares memory with its parent.
@@ -42,7 +42,20 @@ class MambaState:
         return self.conv_BKC, self.ssm_BHPN
 
 
-LayerState = KVCache | MambaState | None
+@dataclass(frozen=True)
+class SelectiveState:
+    """Last K - 1 conv inputs `[B, K - 1, I]` and scan state `[B, N, I]` of one Mamba-1 sublayer."""
+
+    conv_BKC: Tensor
+    ssm_BNI: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """All it holds."""
+        return self.conv_BKC, self.ssm_BNI
+
+
+LayerState = KVCache | MambaState | SelectiveState | None
 
 
 @dataclass(frozen=True)
@@ -111,9 +124,13 @@ def _alloc_layer(
     if kind == "A":
         shape = (batch, max_len, config.num_kv_heads, config.head_dim)
         return KVCache(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     if kind == "M":
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
         conv = torch.zeros(batch, config.conv_kernel - 1, config.conv_channels, device=device, dtype=dtype)
         shape = (batch, config.mamba_heads, config.mamba_head_dim, config.mamba_state)
         return MambaState(conv, torch.zeros(shape, device=device, dtype=wide))
+    if kind == "S":
+        conv = torch.zeros(batch, config.conv_kernel - 1, config.mamba1_inner, device=device, dtype=dtype)
+        scan = torch.zeros(batch, config.mamba1_state, config.mamba1_inner, device=device, dtype=wide)
+        return SelectiveState(conv, scan)
     return None

@@ -1,7 +1,8 @@
 """Mixture of experts: routing, dispatch by sorting, grouped matrix products, balancing losses.
 
-Tokens are sorted by expert and multiplied in one grouped product; no capacity, no padding, no dropped tokens. Where
-torch's `grouped_mm` cannot run, a loop over experts does the same sum, and `grouped_path` says which one runs.
+Tokens are sorted by expert and multiplied in one grouped product; no padding, no dropped tokens (a capacity, which only
+training knows, sends tokens elsewhere: `ops.recycle`). Where torch's `grouped_mm` cannot run, a loop over experts does
+the same sum, and `grouped_path` says which one runs.
 
 Shapes: T tokens, D width, E experts, K experts per token, F expert width, S = T * K dispatched rows.
 """
@@ -32,16 +33,30 @@ def route_softmax(logits_TE: Tensor, top_k: int) -> Routing:
     return Routing(experts_TK, torch.softmax(top_TK, -1))
 
 
+def softmax_gates(logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    """Gates of given experts under the softmax router, `[T, K]`."""
+    return torch.softmax(logits_TE.gather(-1, experts_TK), -1)
+
+
 def route_sigmoid(
     logits_TE: Tensor, selection_bias_E: Tensor, top_k: int, *, normalise: bool = True, scale: float = 1.0
 ) -> Routing:
     """Sigmoid scores; the bias decides the choice only, not the gates (DeepSeek-V3, arXiv 2412.19437, eq. 16)."""
     scores_TE = torch.sigmoid(logits_TE)
     experts_TK = (scores_TE + selection_bias_E).topk(top_k, dim=-1).indices
+    return Routing(experts_TK, _weigh(scores_TE, experts_TK, normalise, scale))
+
+
+def sigmoid_gates(logits_TE: Tensor, experts_TK: Tensor, *, normalise: bool = True, scale: float = 1.0) -> Tensor:
+    """Gates of given experts under the sigmoid router, `[T, K]`."""
+    return _weigh(torch.sigmoid(logits_TE), experts_TK, normalise, scale)
+
+
+def _weigh(scores_TE: Tensor, experts_TK: Tensor, normalise: bool, scale: float) -> Tensor:
     gates_TK = scores_TE.gather(-1, experts_TK)
     if normalise:
         gates_TK = gates_TK / (gates_TK.sum(-1, keepdim=True) + 1e-20)
-    return Routing(experts_TK, gates_TK * scale)
+    return gates_TK * scale
 
 
 def expert_load(experts_TK: Tensor, num_experts: int) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from turbos.common.config import RECIPE_FILE, parse_yaml, values_hash
-from turbos.data.sources import SOURCES
+from turbos.data.sources import GROUPS, SOURCES, expand
 from turbos.model.card import Card
 
 
@@ -35,8 +35,16 @@ def _data_lines(values: Mapping[str, Any]) -> Iterator[str]:
     sources: Mapping[str, float] = (values.get("data") or {}).get("sources") or {}
     for name, weight in sources.items():
         line = f"{name}, weight {weight:g}"
-        known = SOURCES.get(name)
-        yield line if known is None else f"{line}: {known.what} ({known.language}; {known.licence})"
+        yield line if name not in SOURCES else f"{line}: {_on_card(name)}"
+        # A group's licences are those of its sources.
+        yield from (f"{name}, {one}: {_on_card(one)}" for one in (expand([name]) if name in GROUPS else ()))
+    chats: Mapping[str, float] = (values.get("chats") or {}).get("sources") or {}
+    yield from (f"conversations {name}, weight {weight:g}" for name, weight in chats.items())
     if "problems" in values:
         names = ", ".join((values["problems"] or {}).get("families") or {}) or "all families"
         yield f"generated problems with checked answers: {names}"
+
+
+def _on_card(name: str) -> str:
+    source = SOURCES[name]
+    return f"{source.what} ({source.language}; {source.licence})"

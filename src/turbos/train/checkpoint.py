@@ -30,12 +30,12 @@ from turbos.model.lm import LanguageModel
 from turbos.model.package import write_package
 from turbos.text.tokenizer import Tokenizer
 from turbos.train.card import run_card
+from turbos.train.optim import moment_names
 
 SAVING = ".saving-"
 REMOVING = ".removing-"
 POINTER = "latest"
 TRAINER = "trainer"
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 STEP = re.compile(r"step-([0-9]+)")
 
 
@@ -102,13 +102,15 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 def restore_optimizer(path: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> TrainingState:
     """Put back the optimizer's moments and torch's random state from the checkpoint `path`, bit for bit."""
     state, tensors = _read_trainer(path)
+    wanted = moment_names(optimizer)
     for name, parameter in model.named_parameters():
-        moments = {key: tensors.pop(f"{name}/{key}") for key in MOMENTS if f"{name}/{key}" in tensors}
+        names = wanted[parameter]
+        moments = {key: tensors.pop(f"{name}/{key}") for key in names if f"{name}/{key}" in tensors}
         if not moments:
             continue
-        if len(moments) < len(MOMENTS):
-            raise UserError(f"cannot resume from {path}: optimizer state of {name} lacks some of {', '.join(MOMENTS)}")
-        if any(moments[key].shape != parameter.shape for key in ("exp_avg", "exp_avg_sq")):
+        if len(moments) < len(names):
+            raise UserError(f"cannot resume from {path}: optimizer state of {name} lacks some of {', '.join(names)}")
+        if any(moment.shape != parameter.shape for key, moment in moments.items() if key != "step"):
             raise UserError(f"cannot resume from {path}: optimizer state of {name} has another shape than the model's")
         # The step counter of torch's fused AdamW lives beside the parameter, like the moments.
         optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in moments.items()}
@@ -176,7 +178,7 @@ def _write_trainer(place: Path, state: TrainingState, model: nn.Module, optimize
     tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
     for name, parameter in model.named_parameters():
         moments = optimizer.state.get(parameter, {})
-        tensors |= {f"{name}/{key}": moments[key].contiguous() for key in MOMENTS if key in moments}
+        tensors |= {f"{name}/{key}": moment.contiguous() for key, moment in moments.items()}
     save_file(tensors, place / "optimizer.safetensors")
     (place / "state.json").write_text(json.dumps(asdict(state)))
 

@@ -115,12 +115,13 @@ def train(run: Run, resumed: Path | None = None) -> Path:
         while trainer.step < config.steps:
             started = time.perf_counter()
             lr, batches = trainer.lr, run.batch_at(trainer.step)
+            data_seconds = time.perf_counter() - started
             stats = trainer.forward_backward(batches)
             grad_norm = trainer.optim_step()
             seconds = time.perf_counter() - started
             tokens += stats.tokens
             line.update(trainer.step, stats.loss, stats.tokens, seconds)
-            figures = step_figures(stats, lr, grad_norm, seconds, line.share_of_machine)
+            figures = step_figures(stats, lr, grad_norm, seconds, data_seconds, line.share_of_machine)
             log.log(trainer.step, figures | {"largest_selection_bias": trainer.largest_selection_bias})
             if _due(trainer.step, config.eval_every, config):
                 _evaluate(run, log, line)
@@ -137,8 +138,13 @@ def train(run: Run, resumed: Path | None = None) -> Path:
     return final
 
 
-def step_figures(stats: BatchStats, lr: float, grad_norm: float, seconds: float, share: float) -> dict[str, float]:
-    """One line of the metrics: what a step did, in nats per unit of loss weight, tokens, seconds."""
+def step_figures(
+    stats: BatchStats, lr: float, grad_norm: float, seconds: float, data_seconds: float, share: float
+) -> dict[str, float]:
+    """One line of the metrics: what a step did, in nats per unit of loss weight, tokens, seconds.
+
+    `data_seconds` of the `seconds` it waited for its batches.
+    """
     return {
         "loss": stats.loss,
         "grad_norm": grad_norm,
@@ -149,6 +155,7 @@ def step_figures(stats: BatchStats, lr: float, grad_norm: float, seconds: float,
         "z_loss": stats.z_loss,
         "load_max_over_mean": stats.load_max_over_mean,
         "seconds": seconds,
+        "data_seconds": data_seconds,
         "tokens_per_second": stats.tokens / seconds,
         "share_of_sgemm": share,
         **stats.means,

@@ -19,6 +19,7 @@ from turbos.common.errors import UserError
 from turbos.common.machine import set_threads
 from turbos.common.records import Batch, Sample
 from turbos.data.packing import batch_of, pack_samples
+from turbos.data.prefetch import Prefetch
 from turbos.model.checkpoint import load_model
 from turbos.model.hub import resolve_checkpoint
 from turbos.model.lm import LanguageModel
@@ -57,14 +58,15 @@ def sft(recipe: SFTRecipe, run_dir: Path) -> Path:
     model, tokenizer = load_model(start), Tokenizer.load(start)
     check_vocabulary(start, tokenizer)
 
-    def batch_at(step: int) -> Sequence[Batch]:
+    def batches_of(step: int) -> Sequence[Batch]:
         return sft_batches(recipe, tokenizer, step)
 
     def evaluate() -> Mapping[str, float]:
         return held_out_losses(model, tokenizer, recipe)
 
-    trainer = Trainer(model, recipe.optim, recipe.train.steps)
-    return train(Run("sft", run_dir, recipe.train, trainer, tokenizer, batch_at, evaluate), resumed)
+    trainer = Trainer(model, recipe.optim, recipe.train.steps, recipe.train.seed)
+    with Prefetch(batches_of, recipe.train.steps - 1) as batches:
+        return train(Run("sft", run_dir, recipe.train, trainer, tokenizer, batches.at, evaluate), resumed)
 
 
 def sft_batches(recipe: SFTRecipe, tokenizer: Tokenizer, step: int) -> list[Batch]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -67,19 +68,35 @@ class BatchStats:
 
 
 def next_token_loss(model: LanguageModel, batch: Batch) -> LossTerms:
-    """Cross-entropy of the next token (nats), weighted by `batch.loss_weights_T`."""
-    output = model(batch.tokens_T, batch.documents)
+    """Cross-entropy of the next token (nats), weighted by `batch.loss_weights_T`.
+
+    With a capacity it also tells the share of the routers' choices that were recycled.
+    """
+    output = model(batch.tokens_T, batch.documents, recycling_seed=batch.recycling_seed)
     loss_sum = chunked_cross_entropy(
         output.hidden_TD, model.head_weight, batch.targets_T, batch.loss_weights_T, model.logit_scale
     )
-    return LossTerms(loss_sum, output)
+    if batch.recycling_seed is None or model.config.capacity_factor is None:
+        return LossTerms(loss_sum, output)
+    return LossTerms(loss_sum, output, {"recycled": float(output.recycled_share) * float(batch.loss_weights_T.sum())})
+
+
+def recycling_seed(seed: int, step: int, number: int) -> int:
+    """Seed of a batch's recycling; 32 bits, because torch's generator on the CPU reads no more."""
+    return int.from_bytes(blake2b(f"{seed} {step} {number}".encode(), digest_size=4).digest(), "big")
 
 
 class Trainer:
-    """A model, its optimizer, and the number of optimizer steps done."""
+    """A model, its optimizer, and the number of optimizer steps done.
 
-    def __init__(self, model: LanguageModel, config: OptimConfig, total_steps: int) -> None:
+    `seed` decides, with the step and the batch's number, where tokens beyond an expert's capacity go (only where the
+    model has a `capacity_factor`, and only for losses that read `batch.recycling_seed`: `next_token_loss` does, RL's
+    does not, because its samples were made without a capacity).
+    """
+
+    def __init__(self, model: LanguageModel, config: OptimConfig, total_steps: int, seed: int = 0) -> None:
         self.model = model
+        self.seed = seed
         self.config = config
         self.total_steps = total_steps
         self.optimizer = build_optimizer(model, config)
@@ -113,7 +130,7 @@ class Trainer:
         for number, batch in enumerate(batches, start=1):
             where = f"step {self.step + 1}, batch {number} of {len(batches)}"
             share = batch.documents.total / tokens
-            terms = loss_fn(self.model, batch)
+            terms = loss_fn(self.model, replace(batch, recycling_seed=recycling_seed(self.seed, self.step, number)))
             output = terms.output
             objective = terms.loss_sum / loss_weight + share * (output.balance_loss + output.z_loss)
             if not math.isfinite(objective.item()):

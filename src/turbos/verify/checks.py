@@ -1,6 +1,6 @@
 """Checks of one implementation against itself and against the float64 truth: however a text is read, the same numbers.
 
-Each takes a `Subject` and returns a `Check`, or None where the model has nothing to check (chunks without Mamba2).
+Each takes a `Subject` and returns a `Check`, or None where the model has nothing to check (chunks without Mamba).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def batch_is_single(subject: Subject) -> Check:
 
 def chunk_size_is_unseen(subject: Subject) -> Check | None:
     """The scan in chunks of other sizes against the configured one."""
-    if "M" not in subject.config.layers:
+    if not subject.config.scans:
         return None
     texts, model = subject.texts(subject.plan.packed[:1], seed=3) * len(subject.plan.chunks), subject.implementation
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from turbos.common.records import Documents
 from turbos.model.config import ModelConfig
+from turbos.ops.selective_scan import selective_scan_recurrent
 from turbos.ops.ssd import ssd_recurrent
 from turbos.verify.compare import relative_error
 from turbos.verify.readings import GATES, NORM, ROUTER
@@ -51,12 +52,23 @@ def _mistakes(
         yield "the norm had no weight", rms_norm(got["input"], torch.ones(1, dtype=torch.float64), config.norm_eps)
     elif tensor == "conv":
         yield "the bias were left out", want["conv"] - weight("conv_bias").double()
+    elif tensor == "dt" and "x_proj" in got:
+        raw_TI = got["x_proj"][:, : config.dt_rank] @ weight("dt_proj.weight").double().T
+        yield "the bias were left out", torch.nn.functional.softplus(raw_TI)
     elif tensor == "dt":
         yield f"dt were at least {got['dt'].min():.0e}", want["dt"].clamp(min=got["dt"].min())
     elif tensor in ("B", "C"):
         yield "B and C were swapped", want["C" if tensor == "B" else "B"]
+    elif tensor == "scan" and "x_proj" in got:
+        yield from _selective_scans(weight, got)
     elif tensor == "scan":
         yield from _scans(weight, got)
+    elif tensor == "gated":
+        gate_TI = silu(got["in_proj"][:, config.mamba1_inner :])
+        skip_TI = got["scan"] + weight("D").double() * got["x"]
+        yield "D were left out", got["scan"] * gate_TI
+        yield "the gate were left out", skip_TI
+        yield "the gate had no silu", skip_TI * got["in_proj"][:, config.mamba1_inner :]
     elif tensor == "gated norm":
         yield from _gated_norms(config, weight, got)
     elif tensor in ("queries", "keys"):
@@ -77,6 +89,18 @@ def _scans(weight: Weights, got: Mapping[str, Tensor]) -> Mistakes:
     clamped = dt.clamp(min=SHIPPED_CLAMP)
     yield f"dt were at least {SHIPPED_CLAMP:.0e}", ssd_recurrent(x, clamped, A_H, B, C, documents)[0]
     yield "nothing decayed", ssd_recurrent(x, dt, torch.zeros_like(A_H), B, C, documents)[0]
+
+
+def _selective_scans(weight: Weights, got: Mapping[str, Tensor]) -> Mistakes:
+    """Mamba-1's scans of the right inputs with one thing wrong."""
+    documents = Documents.from_lengths([len(got["dt"])])
+    A_NI = -torch.exp(weight("A_log").double().T)
+    x, dt, B, C = (got[name] for name in ("x", "dt", "B", "C"))
+    slowest_NI = A_NI.amax(0).expand_as(A_NI)
+    yield "B and C were swapped", selective_scan_recurrent(x, dt, A_NI, C, B, documents)[0]
+    yield "nothing decayed", selective_scan_recurrent(x, dt, torch.zeros_like(A_NI), B, C, documents)[0]
+    yield "all states of a channel decayed alike", selective_scan_recurrent(x, dt, slowest_NI, B, C, documents)[0]
+    yield "B were not scaled by dt", selective_scan_recurrent(x / dt, dt, A_NI, B, C, documents)[0]
 
 
 def _gated_norms(config: ModelConfig, weight: Weights, got: Mapping[str, Tensor]) -> Mistakes:

@@ -129,7 +129,7 @@ class OurModel:
     @contextmanager
     def chunk_sized(self, size: int) -> Iterator[None]:
         """Inside, the scan works in chunks of another size."""
-        mixers = [sublayer.mixer for sublayer in sublayers_of(self.model) if sublayer.kind == "M"]
+        mixers = [sublayer.mixer for sublayer in sublayers_of(self.model) if sublayer.kind in "MS"]
         try:
             for mixer in mixers:
                 mixer.config = cast(Any, replace(self.config, chunk_size=size))
@@ -227,6 +227,12 @@ def _tap_sublayer(stack: ExitStack, rows: Rows, index: int, sublayer: Sublayer) 
         _tap_method(stack, mixer, "_convolve", lambda args, result: rows.update({Place(index, "conv"): result}))
         _tap_method(stack, mixer, "_scan", _scan_rows(rows, index))
         _tap_input(stack, rows, Place(index, "gated norm"), mixer.out_proj)
+    elif sublayer.kind == "S":
+        _tap_output(stack, rows, Place(index, "in_proj"), mixer.in_proj)
+        _tap_method(stack, mixer, "_convolve", lambda args, result: rows.update({Place(index, "conv"): result}))
+        _tap_output(stack, rows, Place(index, "x_proj"), mixer.x_proj)
+        _tap_method(stack, mixer, "_scan", _scan_rows(rows, index))
+        _tap_input(stack, rows, Place(index, "gated"), mixer.out_proj)
     elif sublayer.kind == "A":
         for name in ("q_proj", "k_proj", "v_proj"):
             _tap_output(stack, rows, Place(index, name), getattr(mixer, name))

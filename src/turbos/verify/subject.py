@@ -85,7 +85,7 @@ def plan_of(config: ModelConfig, quick: bool) -> Plan:
     """Lengths for a model: a long document has more than one chunk (quick: if chunks are at most 256)."""
     # No shorter text has something before and after a cut; positions beyond the declared ones are computed alike.
     room = max(config.max_positions, 8)
-    chunk = config.chunk_size if "M" in config.layers else 32
+    chunk = config.chunk_size if config.scans else 32
     long = min(chunk + 9, 265, room) if quick else min(2 * chunk + 13, room)
     rest = max(1, min(chunk, long // 2))
     steps = min(8 if quick else 32, max(1, room // 4))

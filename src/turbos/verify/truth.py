@@ -1,8 +1,8 @@
 """The slow truth in float64: each sublayer from its equations, its tensors named as the hooks name them.
 
-Built on the truth forms of the ops (`conv_recurrent`, `ssd_recurrent`, `attention_truth`), token by token, and on
-nothing of `mixers`. Rotary angles are rounded to fp32 as every implementation does, because their rounding grows with
-the position.
+Built on the truth forms of the ops (`conv_recurrent`, `ssd_recurrent`, `selective_scan_recurrent`, `attention_truth`),
+token by token, and on nothing of `mixers`. Rotary angles are rounded to fp32 as every implementation does, because
+their rounding grows with the position.
 
 Shapes: T tokens, D width, E experts, K experts per token, F expert width.
 """
@@ -18,6 +18,7 @@ from turbos.common.records import Documents
 from turbos.model.config import ModelConfig
 from turbos.ops.attention import attention_truth
 from turbos.ops.conv import conv_recurrent
+from turbos.ops.selective_scan import selective_scan_recurrent
 from turbos.ops.ssd import ssd_recurrent
 from turbos.verify.readings import EMBEDDING, FINAL_NORM, GATES, LOGITS, NORM, RESIDUAL, ROUTER, Place, Rows
 
@@ -47,8 +48,7 @@ class Truth:
         start = f"sublayers.{index}."
         normed_TD = rms_norm(x_TD, self._weight(f"{start}norm_weight"), self.config.norm_eps)
         rows = {NORM: normed_TD}
-        mixer = {"M": mamba_rows, "A": attention_rows, "F": expert_rows, "D": dense_rows}[self.config.layers[index]]
-        for name, tensor in mixer(self.config, self.weight_of(index), normed_TD, documents):
+        for name, tensor in MIXERS[self.config.layers[index]](self.config, self.weight_of(index), normed_TD, documents):
             rows[name] = tensor
         rows[RESIDUAL] = x_TD + self.config.residual_multiplier * rows["output"]
         return {Place(index, name): tensor for name, tensor in rows.items()}
@@ -111,6 +111,26 @@ def mamba_rows(config: ModelConfig, weight: Weights, x_TD: Tensor, documents: Do
     ones = torch.ones(gated_TGI.shape[-1], dtype=torch.float64)
     gated_TI = rms_norm(gated_TGI, ones, config.norm_eps).flatten(1) * weight("norm_weight").double()
     yield "gated norm", gated_TI
+    yield "output", gated_TI @ weight("out_proj.weight").double().T
+
+
+def mamba1_rows(config: ModelConfig, weight: Weights, x_TD: Tensor, documents: Documents) -> Named:
+    """Mamba-1 (arXiv 2312.00752, section 3)."""
+    projected_TR = x_TD @ weight("in_proj.weight").double().T
+    yield "in_proj", projected_TR
+    raw_TI, gate_TI = projected_TR.split([config.mamba1_inner] * 2, -1)
+    conv_TI, _ = conv_recurrent(raw_TI, weight("conv_weight").double(), weight("conv_bias").double(), documents)
+    yield "conv", conv_TI
+    x_TI = silu(conv_TI)
+    selected_TR = x_TI @ weight("x_proj.weight").double().T
+    yield "x_proj", selected_TR
+    dt_TR, B_TN, C_TN = selected_TR.split([config.dt_rank, config.mamba1_state, config.mamba1_state], -1)
+    dt_TI = torch.nn.functional.softplus(dt_TR @ weight("dt_proj.weight").double().T + weight("dt_bias").double())
+    yield from (("x", x_TI), ("dt", dt_TI), ("B", B_TN), ("C", C_TN))
+    y_TI, _ = selective_scan_recurrent(x_TI, dt_TI, -torch.exp(weight("A_log").double().T), B_TN, C_TN, documents)
+    yield "scan", y_TI
+    gated_TI = (y_TI + weight("D").double() * x_TI) * silu(gate_TI)
+    yield "gated", gated_TI
     yield "output", gated_TI @ weight("out_proj.weight").double().T
 
 
@@ -192,3 +212,7 @@ def true_gates(config: ModelConfig, weight: Weights, logits_TE: Tensor) -> Tenso
     if config.router == "softmax" or config.router_normalise:
         picked_TK = picked_TK / picked_TK.sum(1, keepdim=True)
     return torch.zeros_like(logits_TE).scatter_(1, chosen_TK, picked_TK * config.router_scale)
+
+
+MIXERS = {"M": mamba_rows, "S": mamba1_rows, "A": attention_rows, "F": expert_rows, "D": dense_rows}
+"""Equations of a mixer, by its letter."""

@@ -37,6 +37,8 @@ _OLDER = {
 
 def obstacles(config: ModelConfig) -> Iterator[str]:
     """What Nemotron's files cannot say, one line each."""
+    if "S" in config.layers:
+        yield "layers: Mamba-1 (S) cannot be expressed"
     if config.tied:
         yield "tied must be false"
     if set("FD") & set(config.layers) and config.activation != "relu2":
