@@ -46,6 +46,17 @@ class RouterReport:
     z_loss: Tensor
 
 
+class Projection(nn.Linear):
+    """`x @ W^T` without bias, by the faster of the machine's matrix libraries (`ops.linear`)."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """`[T, I] -> [T, O]`."""
+        return linear(x_TI, self.weight)
+
+
 class Mamba2(nn.Module):
     """Gated selective-state-space mixer (Dao & Gu 2024, arXiv 2405.21060, section 7), in Granite's parameter layout.
 
@@ -56,19 +67,19 @@ class Mamba2(nn.Module):
         super().__init__()
         self.config = config
         rows = config.mamba_inner + config.conv_channels + config.mamba_heads
-        self.in_proj = nn.Linear(config.hidden_size, rows, bias=False)
+        self.in_proj = Projection(config.hidden_size, rows)
         self.conv_weight = nn.Parameter(torch.empty(config.conv_channels, config.conv_kernel))
         self.conv_bias = nn.Parameter(torch.empty(config.conv_channels))
         self.dt_bias = nn.Parameter(torch.empty(config.mamba_heads))
         self.A_log = nn.Parameter(torch.empty(config.mamba_heads))
         self.D = nn.Parameter(torch.empty(config.mamba_heads))
         self.norm_weight = nn.Parameter(torch.empty(config.mamba_inner))
-        self.out_proj = nn.Linear(config.mamba_inner, config.hidden_size, bias=False)
+        self.out_proj = Projection(config.mamba_inner, config.hidden_size)
 
     def forward(self, x_TD: Tensor, call: Pass, state: MambaState | None) -> Tensor:
         """`[T, D] -> [T, D]`; a given state is advanced in place."""
         config = self.config
-        z_TI, xBC_TC, dt_TH = linear(x_TD, self.in_proj.weight).split(
+        z_TI, xBC_TC, dt_TH = self.in_proj(x_TD).split(
             [config.mamba_inner, config.conv_channels, config.mamba_heads], dim=-1
         )
         wide = torch.float64 if dt_TH.dtype == torch.float64 else torch.float32
@@ -81,7 +92,7 @@ class Mamba2(nn.Module):
         y_THP = self._scan(x_THP, dt_TH, B_TGN, C_TGN, call, state)
         y_THP = torch.addcmul(y_THP, x_THP, self.D.to(x_THP.dtype)[:, None])
         y_TI = gated_rms_norm(y_THP.flatten(1), z_TI, self.norm_weight, config.norm_eps, config.mamba_groups)
-        return linear(y_TI, self.out_proj.weight)
+        return self.out_proj(y_TI)
 
     def _convolve(self, x_TC: Tensor, call: Pass, state: MambaState | None) -> Tensor:
         if state is None:
@@ -116,10 +127,10 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.q_proj = nn.Linear(config.hidden_size, config.num_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_proj = Projection(config.hidden_size, config.num_heads * config.head_dim)
+        self.k_proj = Projection(config.hidden_size, config.num_kv_heads * config.head_dim)
+        self.v_proj = Projection(config.hidden_size, config.num_kv_heads * config.head_dim)
+        self.o_proj = Projection(config.num_heads * config.head_dim, config.hidden_size)
         if config.qk_norm:
             self.q_norm_weight = nn.Parameter(torch.empty(config.head_dim))
             self.k_norm_weight = nn.Parameter(torch.empty(config.head_dim))
@@ -127,16 +138,16 @@ class Attention(nn.Module):
     def forward(self, x_TD: Tensor, call: Pass, state: KVCache | None) -> Tensor:
         """`[T, D] -> [T, D]`; keys and values are written into a given state."""
         config = self.config
-        q_THE = linear(x_TD, self.q_proj.weight).unflatten(-1, (config.num_heads, config.head_dim))
-        k_TKE = linear(x_TD, self.k_proj.weight).unflatten(-1, (config.num_kv_heads, config.head_dim))
-        v_TKE = linear(x_TD, self.v_proj.weight).unflatten(-1, (config.num_kv_heads, config.head_dim))
+        q_THE = self.q_proj(x_TD).unflatten(-1, (config.num_heads, config.head_dim))
+        k_TKE = self.k_proj(x_TD).unflatten(-1, (config.num_kv_heads, config.head_dim))
+        v_TKE = self.v_proj(x_TD).unflatten(-1, (config.num_kv_heads, config.head_dim))
         if config.qk_norm:
             q_THE = rms_norm(q_THE, self.q_norm_weight, config.norm_eps)
             k_TKE = rms_norm(k_TKE, self.k_norm_weight, config.norm_eps)
         if config.rope_theta is not None:
             q_THE = attention_ops.rotate(q_THE, call.positions_T, config.rope_theta, config.rope_alpha)
             k_TKE = attention_ops.rotate(k_TKE, call.positions_T, config.rope_theta, config.rope_alpha)
-        return linear(self._attend(q_THE, k_TKE, v_TKE, call, state).flatten(1), self.o_proj.weight)
+        return self.o_proj(self._attend(q_THE, k_TKE, v_TKE, call, state).flatten(1))
 
     def _attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, call: Pass, state: KVCache | None) -> Tensor:
         scale = self.config.attention_scale
@@ -159,12 +170,12 @@ class DenseFFN(nn.Module):
     def __init__(self, config: ModelConfig, size: int):
         super().__init__()
         self.activation = config.activation
-        self.w_in = nn.Linear(config.hidden_size, size * (2 if config.activation == "swiglu" else 1), bias=False)
-        self.w_out = nn.Linear(size, config.hidden_size, bias=False)
+        self.w_in = Projection(config.hidden_size, size * (2 if config.activation == "swiglu" else 1))
+        self.w_out = Projection(size, config.hidden_size)
 
     def forward(self, x_TD: Tensor, call: Pass, state: None) -> Tensor:
         """`[T, D] -> [T, D]`."""
-        return linear(moe.activate(linear(x_TD, self.w_in.weight), self.activation), self.w_out.weight)
+        return self.w_out(moe.activate(self.w_in(x_TD), self.activation))
 
 
 class Experts(nn.Module):
