@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model_cases import VARIANTS, logits_of, random_tokens, tiny_config, tiny_model
+from tiny import tiny_tokenizer
 from turbos.cli.main import main
 from turbos.common.errors import UserError
 from turbos.common.records import Documents
@@ -113,6 +114,13 @@ def test_the_card_is_written_when_asked(tmp_path: Path, capsys: pytest.CaptureFi
     card = (directory / "README.md").read_text()
     assert card.count("## Parity certificate") == 1 and "| packed == separate | ok |" in card
     capsys.readouterr()
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    directory = saved(tmp_path / "model", "granite")
+    tiny_tokenizer().save(directory)
+    with pytest.raises(UserError, match=r"tokenizer\.json: \d+ tokens, but tensor model\.embed_tokens\.weight has 61"):
+        verify(directory, quick=True)
 
 
 @pytest.mark.parametrize("words", [[], ["--implementation", "transformers"]], ids=str)
