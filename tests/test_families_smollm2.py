@@ -22,6 +22,7 @@ from turbos.text.foreign import foreign_prompt_ids
 from turbos.text.messages import Message
 from turbos.train.optim import OptimConfig
 from turbos.train.trainer import Trainer
+from turbos.verify.certificate import verify
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("gguf")
@@ -125,6 +126,11 @@ def test_the_command_chats(directory: Path, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == "The capital of France is Paris.\n"
     assert main([*words, "--think", "on"]) == 2
     assert "no thinking" in capsys.readouterr().err
+
+
+def test_it_verifies(directory: Path) -> None:
+    report = verify(directory, quick=True)
+    assert report.ok, [(check.name, check.where) for check in report.checks if not check.ok]
 
 
 def test_it_trains(directory: Path) -> None:

@@ -11,20 +11,21 @@ import torch
 from torch import Tensor
 
 from model_cases import VARIANTS, logits_of, random_tokens, tiny_config, tiny_model
+from tiny import tiny_tokenizer
 from turbos.cli.main import main
 from turbos.common.errors import UserError
 from turbos.common.records import Documents
-from turbos.model.checkpoint import save_model
+from turbos.model.checkpoint import load_model, save_model
 from turbos.model.config import ModelConfig
 from turbos.model.families import family_of
 from turbos.verify import peer as peer_module
-from turbos.verify.certificate import run_check, verify
+from turbos.verify.certificate import run_check, subject_of, verify
 from turbos.verify.checks import CHECKS
 from turbos.verify.compare import Routers, amount, compare, first_difference, relative_error
 from turbos.verify.implementation import OurModel, sublayers_of, tapped
 from turbos.verify.readings import GATES, LOGITS, RESIDUAL, ROUTER, Names, Place, Reading
 from turbos.verify.report import Check, Report, card_section, table_of
-from turbos.verify.subject import plan_of
+from turbos.verify.subject import judge, plan_of, separate, unsteady_rows
 from turbos.verify.truth import Truth
 from verify_cases import SHAPES, certificate, check_named, failed, saved
 
@@ -115,6 +116,13 @@ def test_the_card_is_written_when_asked(tmp_path: Path, capsys: pytest.CaptureFi
     capsys.readouterr()
 
 
+def test_a_tokenizer_larger_than_the_embedding_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    directory = saved(tmp_path / "model", "granite")
+    tiny_tokenizer().save(directory)
+    with pytest.raises(UserError, match=r"tokenizer\.json: \d+ tokens, but tensor model\.embed_tokens\.weight has 61"):
+        verify(directory, quick=True)
+
+
 @pytest.mark.parametrize("words", [[], ["--implementation", "transformers"]], ids=str)
 def test_what_is_no_checkpoint_is_one_line(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -125,6 +133,50 @@ def test_what_is_no_checkpoint_is_one_line(
     if words:
         with pytest.raises(UserError, match="family turbos has no code in transformers"):
             certificate(directory, "transformers")
+
+
+# Rows where rounding decides
+
+
+def test_a_row_that_plain_fp32_misses_too_is_set_aside_and_no_other(tmp_path: Path) -> None:
+    directory, scratch = saved(tmp_path / "model", "granite", embedding_multiplier=1.0), tmp_path / "scratch"
+    scratch.mkdir()
+    ours = OurModel(load_model(directory), family_of(tiny_config(**SHAPES["granite"])))
+    subject = subject_of(directory, scratch, ours, True, "turbos")
+    texts = subject.texts([40], seed=0)
+    want = separate(ours, texts)
+    true_TV, fp32_TV = (truth.whole(texts)[LOGITS].double() for truth in (subject.truth, subject.truth.rounded()))
+    errors_T = (fp32_TV - true_TV).abs().amax(1) / true_TV.abs().max()
+    # A tolerance so small that rounding exceeds a quarter of it in some rows and not in others.
+    tolerance = 4 * float(errors_T.sort().values[30])
+    assert unsteady_rows(subject, want(True), tolerance).tolist() == (errors_T > tolerance / 4).tolist()
+    for row, excused in ((int(errors_T.argmax()), True), (int(errors_T.argmin()), False)):
+
+        def moved(everything: bool, row: int = row) -> Reading:
+            reading, rows = Reading(1), ours.read(texts, None, everything)
+            rows[LOGITS][row] += 3 * tolerance * rows[LOGITS].abs().max()
+            reading.add([0], [40], rows)
+            return reading
+
+        check = judge(subject, moved, want, tolerance, "")
+        assert check.ok == excused and ("9 of 40 rows set aside" in check.note), check
+        assert excused or f"document 0, token {row}" in check.where
+
+
+def test_bits_are_never_set_aside(tmp_path: Path) -> None:
+    directory = saved(tmp_path / "model", "granite")
+    ours = OurModel(load_model(directory), family_of(tiny_config(**SHAPES["granite"])))
+    subject = subject_of(directory, tmp_path, ours, True, "turbos")
+    texts = subject.texts([20], seed=0)
+
+    def moved(everything: bool) -> Reading:
+        reading, rows = Reading(1), ours.read(texts, None, everything)
+        rows[LOGITS] += 1e-7
+        reading.add([0], [20], rows)
+        return reading
+
+    check = judge(subject, moved, separate(ours, texts), 0.0, "")
+    assert not check.ok and check.note == ""
 
 
 # The report

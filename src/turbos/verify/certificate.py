@@ -18,6 +18,8 @@ from typing import Any, Literal
 from turbos.common.errors import UserError
 from turbos.model.checkpoint import load_model, read_family
 from turbos.model.families import NATIVE
+from turbos.model.package import TOKENIZER_FILE, check_vocabulary
+from turbos.text.tokenizer import Tokenizer
 from turbos.verify.checks import CHECKS, packed_is_separate
 from turbos.verify.compare import Routers
 from turbos.verify.implementation import Implementation, OurModel
@@ -44,6 +46,8 @@ def verify(
     """
     started = time.perf_counter()
     family, _ = read_family(directory)
+    if (directory / TOKENIZER_FILE).is_file():
+        check_vocabulary(directory, Tokenizer.load(directory))
     ours = OurModel(load_model(directory), family)
     with tempfile.TemporaryDirectory(prefix="turbos-verify-") as scratch:
         subject = subject_of(directory, Path(scratch), ours, quick, implementation)

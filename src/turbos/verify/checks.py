@@ -125,7 +125,9 @@ def forked_is_live(subject: Subject) -> Check:
     def forked(everything: bool) -> Reading:
         reading, room = Reading(4), prompt + steps
         parent = model.start(1, room)
-        model.read([text], parent, everything)
+        read = model.read([text], parent, everything)
+        for document in range(4):
+            reading.add([document], [prompt], read)
         folder = subject.folder(f"state-{everything}")
         forks, saved = model.fork(parent, 2), model.restored(parent, folder)
         for step in range(steps):
@@ -139,7 +141,7 @@ def forked_is_live(subject: Subject) -> Check:
         reading = Reading(4)
         for number, end in enumerate(ends):
             state = model.start(1, prompt + steps)
-            model.read([text], state, everything)
+            reading.add([number], [prompt], model.read([text], state, everything))
             for token in end.split(1):
                 reading.add([number], [1], model.read([token], state, everything))
         return reading

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from turbos.model.families import NATIVE
+from turbos.model.package import TOKENIZER_FILE
 from turbos.text.tokenizer import Tokenizer
 from turbos.verify.elsewhere import MODULES
 from turbos.verify.implementation import OurModel
@@ -31,7 +32,6 @@ TOLERANCES = {
     "llama.cpp": (5e-5, "fp32 weights, cache and attention; its exponentials are polynomials, its sums run in blocks"),
     "vllm": (5e-5, "fp32, with kernels that sum in other orders"),
 }
-TOKENIZER_FILE = "tokenizer.json"
 LONGEST_RUN = 1800
 """Seconds after which another program has failed."""
 

@@ -29,19 +29,23 @@ Named = Iterator[tuple[str, Tensor]]
 class Truth:
     """A model's weights and equations; weights are widened to float64 as they are used."""
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor]):
-        self.config, self._tensors = config, tensors
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float64):
+        self.config, self._tensors, self.dtype = config, tensors, dtype
+
+    def rounded(self) -> Truth:
+        """The same equations in fp32: how far they lie from the truth is what rounding alone does to a text."""
+        return Truth(self.config, self._tensors, torch.float32)
 
     def _weight(self, name: str) -> Tensor:
-        return self._tensors[name].detach().double()
+        return self._tensors[name].detach().to(self.dtype)
 
     def weight_of(self, index: int) -> Weights:
         """Weights of a sublayer's mixer, by their names in it."""
-        return lambda name: self._tensors[f"sublayers.{index}.mixer.{name}"].detach()
+        return lambda name: self._weight(f"sublayers.{index}.mixer.{name}")
 
     def embedding(self, tokens_T: Tensor) -> Tensor:
         """Rows that the first sublayer reads."""
-        return self._tensors["embed_weight"].detach()[tokens_T].double() * self.config.embedding_multiplier
+        return self._tensors["embed_weight"].detach()[tokens_T].to(self.dtype) * self.config.embedding_multiplier
 
     def sublayer(self, index: int, x_TD: Tensor, documents: Documents) -> dict[Place, Tensor]:
         """Every named tensor of a sublayer that reads `x_TD`, the residual stream after it last."""
@@ -62,7 +66,10 @@ class Truth:
     def whole(self, pieces: Sequence[Tensor]) -> Rows:
         """Rows of whole documents, packed."""
         documents = Documents.from_lengths([len(piece) for piece in pieces])
-        x_TD = self.embedding(torch.cat(list(pieces)))
+        return self.after_embedding(self.embedding(torch.cat(list(pieces))), documents)
+
+    def after_embedding(self, x_TD: Tensor, documents: Documents) -> Rows:
+        """Rows of whole documents, from what the first sublayer reads."""
         rows: Rows = {EMBEDDING: x_TD}
         for index in range(len(self.config.layers)):
             rows |= self.sublayer(index, x_TD, documents)
@@ -93,45 +100,45 @@ def silu(x: Tensor) -> Tensor:
 def mamba_rows(config: ModelConfig, weight: Weights, x_TD: Tensor, documents: Documents) -> Named:
     """Mamba2 (arXiv 2405.21060, section 7)."""
     sizes = config.mamba_groups * config.mamba_state
-    projected_TR = x_TD @ weight("in_proj.weight").double().T
+    projected_TR = x_TD @ weight("in_proj.weight").T
     yield "in_proj", projected_TR
     gate_TI, raw_TC, dt_TH = projected_TR.split([config.mamba_inner, config.conv_channels, config.mamba_heads], -1)
-    conv_TC, _ = conv_recurrent(raw_TC, weight("conv_weight").double(), weight("conv_bias").double(), documents)
+    conv_TC, _ = conv_recurrent(raw_TC, weight("conv_weight"), weight("conv_bias"), documents)
     yield "conv", conv_TC
     x_TI, B_TX, C_TX = silu(conv_TC).split([config.mamba_inner, sizes, sizes], -1)
-    dt_TH = torch.nn.functional.softplus(dt_TH + weight("dt_bias").double())
+    dt_TH = torch.nn.functional.softplus(dt_TH + weight("dt_bias"))
     x_THP = x_TI.unflatten(-1, (config.mamba_heads, -1))
     B_TGN, C_TGN = (rows.unflatten(-1, (config.mamba_groups, -1)) for rows in (B_TX, C_TX))
     yield from (("x", x_THP), ("dt", dt_TH), ("B", B_TGN), ("C", C_TGN))
-    y_THP, _ = ssd_recurrent(x_THP, dt_TH, -torch.exp(weight("A_log").double()), B_TGN, C_TGN, documents)
+    y_THP, _ = ssd_recurrent(x_THP, dt_TH, -torch.exp(weight("A_log")), B_TGN, C_TGN, documents)
     yield "scan", y_THP
-    skip_THP = y_THP + weight("D").double()[:, None] * x_THP
+    skip_THP = y_THP + weight("D")[:, None] * x_THP
     yield "scan + D", skip_THP
     gated_TGI = (skip_THP.flatten(1) * silu(gate_TI)).unflatten(-1, (config.mamba_groups, -1))
-    ones = torch.ones(gated_TGI.shape[-1], dtype=torch.float64)
-    gated_TI = rms_norm(gated_TGI, ones, config.norm_eps).flatten(1) * weight("norm_weight").double()
+    ones = gated_TGI.new_ones(gated_TGI.shape[-1])
+    gated_TI = rms_norm(gated_TGI, ones, config.norm_eps).flatten(1) * weight("norm_weight")
     yield "gated norm", gated_TI
-    yield "output", gated_TI @ weight("out_proj.weight").double().T
+    yield "output", gated_TI @ weight("out_proj.weight").T
 
 
 def mamba1_rows(config: ModelConfig, weight: Weights, x_TD: Tensor, documents: Documents) -> Named:
     """Mamba-1 (arXiv 2312.00752, section 3)."""
-    projected_TR = x_TD @ weight("in_proj.weight").double().T
+    projected_TR = x_TD @ weight("in_proj.weight").T
     yield "in_proj", projected_TR
     raw_TI, gate_TI = projected_TR.split([config.mamba1_inner] * 2, -1)
-    conv_TI, _ = conv_recurrent(raw_TI, weight("conv_weight").double(), weight("conv_bias").double(), documents)
+    conv_TI, _ = conv_recurrent(raw_TI, weight("conv_weight"), weight("conv_bias"), documents)
     yield "conv", conv_TI
     x_TI = silu(conv_TI)
-    selected_TR = x_TI @ weight("x_proj.weight").double().T
+    selected_TR = x_TI @ weight("x_proj.weight").T
     yield "x_proj", selected_TR
     dt_TR, B_TN, C_TN = selected_TR.split([config.dt_rank, config.mamba1_state, config.mamba1_state], -1)
-    dt_TI = torch.nn.functional.softplus(dt_TR @ weight("dt_proj.weight").double().T + weight("dt_bias").double())
+    dt_TI = torch.nn.functional.softplus(dt_TR @ weight("dt_proj.weight").T + weight("dt_bias"))
     yield from (("x", x_TI), ("dt", dt_TI), ("B", B_TN), ("C", C_TN))
-    y_TI, _ = selective_scan_recurrent(x_TI, dt_TI, -torch.exp(weight("A_log").double().T), B_TN, C_TN, documents)
+    y_TI, _ = selective_scan_recurrent(x_TI, dt_TI, -torch.exp(weight("A_log").T), B_TN, C_TN, documents)
     yield "scan", y_TI
-    gated_TI = (y_TI + weight("D").double() * x_TI) * silu(gate_TI)
+    gated_TI = (y_TI + weight("D") * x_TI) * silu(gate_TI)
     yield "gated", gated_TI
-    yield "output", gated_TI @ weight("out_proj.weight").double().T
+    yield "output", gated_TI @ weight("out_proj.weight").T
 
 
 def attention_rows(config: ModelConfig, weight: Weights, x_TD: Tensor, documents: Documents) -> Named:
@@ -139,17 +146,17 @@ def attention_rows(config: ModelConfig, weight: Weights, x_TD: Tensor, documents
     heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
     projected = {}
     for name, count in heads.items():
-        projected[name] = (x_TD @ weight(f"{name}_proj.weight").double().T).unflatten(-1, (count, config.head_dim))
+        projected[name] = (x_TD @ weight(f"{name}_proj.weight").T).unflatten(-1, (count, config.head_dim))
         yield f"{name}_proj", projected[name]
     for name in "qk":
         if config.qk_norm:
-            projected[name] = rms_norm(projected[name], weight(f"{name}_norm_weight").double(), config.norm_eps)
+            projected[name] = rms_norm(projected[name], weight(f"{name}_norm_weight"), config.norm_eps)
         projected[name] = turned(projected[name], documents.positions_T, config)
     for name, kind in (("queries", "q"), ("keys", "k"), ("values", "v")):
         yield name, projected[kind]
     mixed_THE = attention_truth(projected["q"], projected["k"], projected["v"], documents, config.attention_scale)
     yield "attention", mixed_THE
-    yield "output", mixed_THE.flatten(1) @ weight("o_proj.weight").double().T
+    yield "output", mixed_THE.flatten(1) @ weight("o_proj.weight").T
 
 
 def turned(x_THE: Tensor, positions_T: Tensor, config: ModelConfig) -> Tensor:
@@ -159,7 +166,7 @@ def turned(x_THE: Tensor, positions_T: Tensor, config: ModelConfig) -> Tensor:
     width = config.head_dim
     base = config.rope_theta * config.rope_alpha ** (width / (width - 2))
     frequencies = base ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
-    angles = (positions_T.float()[:, None] * frequencies).double()[:, None]
+    angles = (positions_T.float()[:, None] * frequencies).to(x_THE.dtype)[:, None]
     first, second = x_THE.chunk(2, -1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
@@ -167,30 +174,31 @@ def turned(x_THE: Tensor, positions_T: Tensor, config: ModelConfig) -> Tensor:
 
 def feed(x_TD: Tensor, w_in: Tensor, w_out: Tensor, config: ModelConfig) -> Tensor:
     """SwiGLU (gate rows first) or squared-relu network."""
-    hidden = x_TD @ w_in.double().T
+    hidden = x_TD @ w_in.T
     if config.activation == "relu2":
-        return hidden.clamp(min=0).square() @ w_out.double().T
+        return hidden.clamp(min=0).square() @ w_out.T
     gate, up = hidden.chunk(2, -1)
-    return (silu(gate) * up) @ w_out.double().T
+    return (silu(gate) * up) @ w_out.T
 
 
 def dense_rows(config: ModelConfig, weight: Weights, x_TD: Tensor, documents: Documents) -> Named:
     """Dense feed-forward."""
-    yield "w_in", x_TD @ weight("w_in.weight").double().T
+    yield "w_in", x_TD @ weight("w_in.weight").T
     yield "output", feed(x_TD, weight("w_in.weight"), weight("w_out.weight"), config)
 
 
 def expert_rows(config: ModelConfig, weight: Weights, x_TD: Tensor, documents: Documents) -> Named:
     """Routed experts and the shared one, expert by expert."""
-    logits_TE = x_TD @ weight("router_weight").double().T
+    logits_TE = x_TD @ weight("router_weight").T
     yield ROUTER, logits_TE
     gates_TE = true_gates(config, weight, logits_TE)
     yield GATES, gates_TE
+    w_in, w_out = weight("w_in"), weight("w_out")
     routed_TD = torch.zeros_like(x_TD)
     for expert in range(config.num_experts):
         rows = torch.nonzero(gates_TE[:, expert])[:, 0]
         if len(rows):
-            output = feed(x_TD[rows], weight("w_in")[expert], weight("w_out")[expert], config)
+            output = feed(x_TD[rows], w_in[expert], w_out[expert], config)
             routed_TD[rows] += gates_TE[rows, expert, None] * output
     if not config.shared_expert_size:
         yield "output", routed_TD
@@ -204,7 +212,7 @@ def expert_rows(config: ModelConfig, weight: Weights, x_TD: Tensor, documents: D
 def true_gates(config: ModelConfig, weight: Weights, logits_TE: Tensor) -> Tensor:
     """Weight of every expert for every token, 0 where it was not chosen: `[T, E]`."""
     scores_TE = 1 / (1 + torch.exp(-logits_TE)) if config.router == "sigmoid" else logits_TE
-    bias_E = weight("selection_bias").double() if config.router == "sigmoid" and config.bias_update != "off" else 0.0
+    bias_E = weight("selection_bias") if config.router == "sigmoid" and config.bias_update != "off" else 0.0
     chosen_TK = (scores_TE + bias_E).argsort(1, descending=True)[:, : config.top_k]
     picked_TK = scores_TE.gather(1, chosen_TK)
     if config.router == "softmax":
