@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from turbos.bench import collect, prefill, train
+from turbos.bench import collect, prefill, scan, train
 from turbos.bench.peers import Times, interleave, require_agreement
 from turbos.bench.tables import read_result
 
@@ -43,6 +43,19 @@ def test_benchmarks_agree_with_transformers_and_name_their_rows() -> None:
     speed, memory = prefill.bench_prefill((512,))
     assert (speed.name, memory.name) == ("prefill 512", "prefill 512 memory")
     assert memory.value > 1 and memory.ratios["transformers"] > 0
+
+
+def test_scans_agree_with_transformers_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    rows = scan.bench_scan((16, 24), rounds=1)
+    assert [row.name for row in rows] == [
+        f"scan {length} forward{rest}" for length in (16, 24) for rest in ("", " and backward")
+    ]
+    assert [set(row.ratios) == {"plain loop", "transformers"} for row in rows] == [True, True, True, False]
+    assert all(row.value > 0 and min(row.ratios.values()) > 0 for row in rows)
+    monkeypatch.setattr(scan, "plain_scan", lambda case: scan.our_scan(case) * 1.01)
+    with pytest.raises(RuntimeError, match="scan 16 forward, plain loop: results differ"):
+        scan.bench_scan((16,), rounds=1)
 
 
 def test_bench_rows_become_a_result_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import random
 import re
+import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -12,6 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tiny import save_tiny
+
+from turbos.cli.curate import checkpoint_embedding
 from turbos.cli.main import main
 from turbos.common.errors import UserError
 from turbos.data.curate import pipeline
@@ -28,7 +36,11 @@ from turbos.data.curate.spoil import WAYS, spoilt
 from turbos.data.curate.words import scan_texts
 from turbos.data.sources import documents
 
-WORDS = [f"{start}{end}" for start in ("ka", "lo", "mi", "ne", "pu", "ra", "so", "ti") for end in ("rn", "st", "le", "nd", "mo")]
+WORDS = [
+    f"{start}{end}"
+    for start in ("ka", "lo", "mi", "ne", "pu", "ra", "so", "ti")
+    for end in ("rn", "st", "le", "nd", "mo")
+]
 
 
 def prose(generator: random.Random, sentences: int = 9) -> str:
@@ -110,7 +122,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bytes(
     assert files_of(out) == files_of(tmp_path / "whole") and unseconded(resumed) == unseconded(whole)
     assert not work.exists() and sorted(path.suffix for path in out.iterdir() if path.name[0] != "p") == [".json"]
     assert unseconded(curate([str(corpus)], out, config, aids)) == unseconded(whole), "a finished run is told again"
-    assert list(documents(str(out)))[0].endswith(".\n")
+    assert next(iter(documents(str(out)))).endswith(".\n")
 
 
 def test_a_changed_source_or_command_is_named(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +150,35 @@ def test_a_changed_source_or_command_is_named(corpus: Path, tmp_path: Path, monk
         curate([str(corpus)], tmp_path, config, Aids())
 
 
-def test_batches_do_not_decide_what_comes_out(corpus: Path, labels: Labels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_process_is_refused(corpus: Path, tmp_path: Path) -> None:
+    work = tmp_path / ".out.curating"
+    work.mkdir()
+    descriptor = os.open(work, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another process is at work"):
+        curate([str(corpus)], tmp_path / "out", CurationConfig(), Aids())
+    os.close(descriptor)
+    curate([str(corpus)], tmp_path / "out", CurationConfig(), Aids())
+
+
+def test_a_full_disk_keeps_what_was_saved(corpus: Path, tmp_path: Path) -> None:
+    """A real process whose files may not grow beyond 200 kB, then the same command without that limit."""
+    command = [sys.executable, "-m", "turbos", "data", "curate", str(corpus), "--out", str(tmp_path / "out")]
+    command += ["--labels", "none", "--json"]
+    limits = (200_000, 200_000)
+    limited = subprocess.run(
+        command, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    )
+    assert limited.returncode == 2 and "File too large" in limited.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    whole = curate([str(corpus)], tmp_path / "whole", CurationConfig(), Aids(evaluation=EvaluationTexts(["x"])))
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole") and whole.total.documents_out > 700
+
+
+def test_batches_do_not_decide_what_comes_out(
+    corpus: Path, labels: Labels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counts = []
     for number, size in enumerate((5_000, 70_000, 1 << 20)):
         monkeypatch.setattr(pipeline, "BATCH_BYTES", size)
@@ -153,7 +193,9 @@ def test_stages_say_what_they_drop_and_why_others_are_out(corpus: Path, tmp_path
     assert stages["exact"].reasons == {"the same text came before": 60}
     assert stages["near"].dropped >= 36 and "like document" in stages["near"].samples[0].detail
     assert stages["labels"].skipped == stages["quality"].skipped == "no classifiers"
-    assert stages["blocks"].skipped == "left out on request" and stages["semantic"].skipped == "no embedding model given"
+    assert (
+        stages["blocks"].skipped == "left out on request" and stages["semantic"].skipped == "no embedding model given"
+    )
     for before, after in zip(counts.stages, counts.stages[1:], strict=False):
         assert after.skipped or before.skipped or after.documents_in == before.documents_out
     assert counts_from(json.loads(json.dumps(counts.plain()))) == counts
@@ -254,7 +296,9 @@ def test_labels_come_back_from_their_file(labels: Labels, tmp_path: Path) -> Non
 
 def test_a_classifier_learns_and_repeats_itself() -> None:
     generator = random.Random(0)
-    texts = [" ".join(generator.choices(WORDS[:20] if number % 2 else WORDS[20:], k=40)).encode() for number in range(80)]
+    texts = [
+        " ".join(generator.choices(WORDS[:20] if number % 2 else WORDS[20:], k=40)).encode() for number in range(80)
+    ]
     first, second = (train_classifier("words", ("a", "b"), texts, [0, 1] * 40, seed=3) for _ in range(2))
     assert np.array_equal(first.weight_BC, second.weight_BC)
     scores = first.scores(scan_texts(texts))
@@ -268,7 +312,9 @@ def test_features_are_bounded_and_taken_from_everywhere() -> None:
     for kind in ("bytes", "words"):
         places, borders = features(long, kind)
         assert np.diff(borders)[0] <= 3 * 600 and borders[-1] == len(places) and places.max() < BUCKETS[kind]
-        parts = [set(features(scan_texts([word * 90]), kind)[0].tolist()) for word in (b"front ", b"middle ", b"ending ")]
+        parts = [
+            set(features(scan_texts([word * 90]), kind)[0].tolist()) for word in (b"front ", b"middle ", b"ending ")
+        ]
         assert all(part <= set(places.tolist()) for part in parts)
     assert np.diff(features(long, "bytes")[1]).tolist()[1:] == [0, 0]
 
@@ -278,7 +324,12 @@ def test_probabilities_are_softmax_of_the_mean() -> None:
     model = train_classifier("bytes", ("a", "b", "c"), texts, [0, 1, 2] * 10)
     scan = scan_texts([b"one five nine ten", b""])
     places, borders = features(scan, "bytes")
-    logits = np.stack([model.weight_BC[places[: borders[1]]].astype(np.float64).mean(0) + model.bias_C, model.bias_C.astype(np.float64)])
+    logits = np.stack(
+        [
+            model.weight_BC[places[: borders[1]]].astype(np.float64).mean(0) + model.bias_C,
+            model.bias_C.astype(np.float64),
+        ]
+    )
     truth = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     assert np.allclose(model.scores(scan), truth, atol=1e-5)
 
@@ -293,7 +344,10 @@ def test_markup_is_told_from_text_about_markup() -> None:
     assert markup_of("Use <p> for a paragraph and </p> to end it. " * 3 + "and so on, " * 200) == ""
     assert markup_of("a = [[1, 2], [3, 4]]\nb = {{x}}\nc[[0]] = d[[1]]") == ""
     assert markup_of("if a < b:\n    print('</x>')\n" * 30) == ""
-    wiki = "'''Ada''' was a [[writer]] of [[London|the capital]] and [[engine]]s.\n{| class=x\n| cell\n|}\n[[File:a.png|thumb|An [[image]]]]"
+    wiki = (
+        "'''Ada''' was a [[writer]] of [[London|the capital]] and [[engine]]s.\n"
+        "{| class=x\n| cell\n|}\n[[File:a.png|thumb|An [[image]]]]"
+    )
     assert markup_of(wiki) == "wiki"
     assert extracted(wiki) == "Ada was a writer of the capital and engines."
     assert extracted("plain") is None
@@ -325,6 +379,18 @@ def test_semantic_copies_go_within_and_across_calls(corpus: Path, tmp_path: Path
     assert "like kept document" in semantic.samples[0].detail
 
 
+def test_a_checkpoint_embeds_without_what_is_common(tmp_path: Path) -> None:
+    generator = random.Random(4)
+    texts = [prose(generator, 3) for _ in range(12)]
+    embed = checkpoint_embedding(str(save_tiny(tmp_path / "model")), texts)
+    vectors = embed(texts)
+    assert vectors.shape == (12, 32) and np.allclose(vectors.mean(0), 0, atol=1e-5)
+    assert np.array_equal(embed(texts[3:5]), vectors[3:5])
+    copies = SemanticCopies(embed)
+    found = copies.first_seen([texts[0], texts[1], texts[0] + " "])
+    assert found.tolist() == [-1, -1, 0]
+
+
 def test_the_report_shows_all_and_runs_nothing(tmp_path: Path) -> None:
     generator = random.Random(0)
     bad = "<script>alert('x')</script> & more " + "\x00\x01\x02\x03" * 9 + prose(generator)
@@ -332,7 +398,12 @@ def test_the_report_shows_all_and_runs_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
     counts = curate([str(tmp_path / "a.jsonl")], tmp_path / "out", CurationConfig(), Aids())
     page = render_page(counts, ["<b>a</b>"], ["rules & more"])
-    assert "<script" not in page and "&lt;script&gt;alert" in page and "<b>a</b>" not in page and "rules &amp; more" in page
+    assert (
+        "<script" not in page
+        and "&lt;script&gt;alert" in page
+        and "<b>a</b>" not in page
+        and "rules &amp; more" in page
+    )
     assert not re.search(r"(?:src|href)\s*=", page), "the page needs nothing else"
     for stage in counts.stages:
         assert stage.title in page and (not stage.skipped or stage.skipped in page)

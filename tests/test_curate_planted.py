@@ -25,11 +25,13 @@ SIGNS = [chr(code) for code in range(0x4E00, 0x5600)]
 
 
 def chinese_text(generator: random.Random) -> str:
-    """Twelve sentences of about 30 characters drawn from a thousand common ones: no meaning, but Chinese in its shape."""
+    """Twelve sentences of about 30 characters drawn from a few hundred: no meaning, but Chinese in its shape."""
     rare, common = generator.sample(SIGNS, 400), "的一是了我不在人有他这中大来上个国到说们"
     lines = []
     for _ in range(12):
-        signs = [generator.choice(common if generator.random() < 0.4 else rare) for _ in range(generator.randint(24, 40))]
+        signs = [
+            generator.choice(common if generator.random() < 0.4 else rare) for _ in range(generator.randint(24, 40))
+        ]
         signs.insert(len(signs) // 2, "，")
         lines.append("".join(signs) + "。")
     return "\n".join(lines)
@@ -97,7 +99,9 @@ def labels_of(texts: dict[str, list[str]]) -> Labels:
 def texts() -> list[str]:
     """English and Chinese texts, of which the first hundred teach and the others are planted."""
     generator = random.Random(0)
-    return random.Random(1).sample(found := english_texts(440) + [chinese_text(generator) for _ in range(140)], len(found))
+    return random.Random(1).sample(
+        found := english_texts(440) + [chinese_text(generator) for _ in range(140)], len(found)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +112,17 @@ def labels(texts: list[str]) -> Labels:
     return labels_of({"en": english, "zh": [text for text in known if "。" in text], "code": code_texts(60)})
 
 
-def curated(corpus: PlantedCorpus, folder: Path, config: CurationConfig, labels: Labels | None) -> tuple[dict[int, str], Counts]:
+def curated(
+    corpus: PlantedCorpus, folder: Path, config: CurationConfig, labels: Labels | None
+) -> tuple[dict[int, str], Counts]:
     """Texts that came out, by number, and the counts."""
     source = folder / "planted.jsonl"
     rows = [json.dumps({"text": document.text}) for document in corpus.documents]
     source.write_text("\n".join(rows), encoding="utf-8")
     counts = curate([str(source)], folder / "out", config, Aids(labels, EvaluationTexts(corpus.evaluation)))
-    out = [json.loads(line) for part in sorted((folder / "out").glob("*.jsonl")) for line in part.open(encoding="utf-8")]
+    out = [
+        json.loads(line) for part in sorted((folder / "out").glob("*.jsonl")) for line in part.open(encoding="utf-8")
+    ]
     return {row["number"]: row["text"] for row in out}, counts
 
 
@@ -125,7 +133,9 @@ def shown(outcome: Outcome) -> str:
         f"text kept {one.text_kept:6.1%}, foreign cut {one.foreign_cut:6.1%}"
         for one in outcome.grades
     ]
-    return "\n".join([*lines, f"precision {outcome.precision:.3f} recall {outcome.recall:.3f} kept {outcome.clean_kept:.3f}"])
+    return "\n".join(
+        [*lines, f"precision {outcome.precision:.3f} recall {outcome.recall:.3f} kept {outcome.clean_kept:.3f}"]
+    )
 
 
 def test_planted_faults_go_and_clean_text_stays(texts: list[str], labels: Labels, tmp_path: Path) -> None:
@@ -148,7 +158,9 @@ def test_planted_faults_go_and_clean_text_stays(texts: list[str], labels: Labels
 def test_each_stage_is_needed(texts: list[str], labels: Labels, tmp_path: Path, stage: str) -> None:
     """Without a stage, what it is there for comes through: so the figures above are its doing."""
     corpus = plant(texts[100:], seed=1, amounts=Amounts(clean=160, bad=48))
-    skip = {"exact": ("exact", "near", "blocks"), "near": ("near", "blocks"), "quality": ("quality", "rules")}.get(stage, (stage,))
+    skip = {"exact": ("exact", "near", "blocks"), "near": ("near", "blocks"), "quality": ("quality", "rules")}.get(
+        stage, (stage,)
+    )
     came_out, _ = curated(corpus, tmp_path, CurationConfig(skip=skip), labels)
     by_kind = {one.kind: one for one in grade(corpus, came_out).grades}
     if stage == "extraction":

@@ -352,6 +352,17 @@ def test_hooks_are_gone_after_a_failure_too() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_routed_experts_that_the_shared_one_dwarfs_are_judged_by_their_own_size(tmp_path: Path) -> None:
+    # Recorded as they are, not as a difference of two large numbers.
+    model = tiny_model("MFAF")
+    with torch.no_grad():
+        for number in (1, 3):
+            model.sublayers[number].mixer.w_out *= 1e-4
+    save_model(model, tmp_path)
+    report = certificate(tmp_path)
+    assert report.ok, failed(report)
+
+
 def test_chunk_sizes_are_put_back() -> None:
     model = tiny_model()
     implementation = OurModel(model, family_of(model.config))

@@ -126,7 +126,7 @@ FAULTS = {
         *(TRUTH, "final norm"),
     ),
     "a transposed expert": Fault(
-        *(mixers.Experts, "forward", "self.w_in, self.w_out"),
+        *(mixers.Experts, "_mix", "self.w_in, self.w_out"),
         "torch.cat([self.w_in[:1].transpose(1, 2), self.w_in[1:]]), self.w_out",
         *(TRUTH, "sublayers.1 (mixture of experts, model.layers.0): routed experts "),
         quiet=(PACKED, DECODE),

@@ -2,6 +2,7 @@
 
     turbos bench train --json | python -m turbos.bench.collect bench train
     python -m turbos.bench.collect demo runs/seed0 runs/seed1 runs/seed2
+    python -m turbos.bench.collect twins runs/bench-twins
 
 It computes means and differences over seeds and nothing else; tables are rendered by `bench.tables`.
 """
@@ -76,15 +77,27 @@ def _demo_row(case: tuple[str, str], seeds: Sequence[Mapping[str, Any]]) -> tupl
             *(round(count, 1) for count in tokens))  # fmt: skip
 
 
+def twins_result(directory: Path) -> Result:
+    """What `turbos bench twins` kept in its directory, of all its seeds."""
+    # They import this module for `provenance`.
+    from turbos.bench import twins, twins_table
+
+    return twins_table.twins_result(twins.read_results(directory, ()))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Write one result file below the current directory."""
     parser = argparse.ArgumentParser(prog="python -m turbos.bench.collect", description="Write docs/results files.")
     kinds = parser.add_subparsers(dest="kind", required=True)
     kinds.add_parser("bench", help="from stdin: what turbos bench WORK --json printed").add_argument("work")
     kinds.add_parser("demo", help="from demo runs").add_argument("runs", nargs="+", type=Path)
+    kinds.add_parser("twins", help="from the directory of turbos bench twins").add_argument("directory", type=Path)
     args = parser.parse_args(argv)
     try:
-        result = bench_result(args.work, sys.stdin.read()) if args.kind == "bench" else demo_result(args.runs)
+        if args.kind == "twins":
+            result = twins_result(args.directory)
+        else:
+            result = bench_result(args.work, sys.stdin.read()) if args.kind == "bench" else demo_result(args.runs)
     except (OSError, ValueError, KeyError) as error:
         print(f"collect: error: not a measurement: {error!r}", file=sys.stderr)
         return 2

@@ -59,7 +59,9 @@ def stage_rows(names: Sequence[str], megabytes: float, labels: Labels) -> list[t
     for stage in counts.stages:
         if not stage.skipped:
             speed = round(stage.bytes_in / 1e6 / stage.seconds, 1) if stage.seconds > 0.01 else None
-            rows.append((stage.title, stage.documents_in, stage.dropped, stage.edited, round(stage.bytes_in / 1e6, 2), speed))
+            rows.append(
+                (stage.title, stage.documents_in, stage.dropped, stage.edited, round(stage.bytes_in / 1e6, 2), speed)
+            )
     total, seconds = counts.total, sum(stage.seconds for stage in counts.stages)
     size = total.bytes_in / 1e6
     all_dropped = total.documents_in - total.documents_out
@@ -68,7 +70,7 @@ def stage_rows(names: Sequence[str], megabytes: float, labels: Labels) -> list[t
 
 
 def clean_pieces(names: Sequence[str], seed: int) -> list[str]:
-    """Pieces of about 700 characters of sources, that share no run of eight words; Chinese ones no run of twenty signs."""
+    """Pieces of about 700 characters of sources, that share no run of eight words (Chinese: of twenty signs)."""
     generator = random.Random(seed)
     found, seen = [], set[tuple[str, ...]]()
     for name in names:
@@ -81,13 +83,18 @@ def clean_pieces(names: Sequence[str], seed: int) -> list[str]:
             words = re.findall(r"[\u4e00-\u9fff]|[^\W_\u4e00-\u9fff]+", piece.lower())
             size = 20 if "\u4e00" <= max(piece, default="") <= "\u9fff" else 8
             runs = {tuple(words[place : place + size]) for place in range(len(words) - size + 1)}
-            if len(words) >= 60 and not runs & seen and len(piece) < 3 * PIECE_CHARACTERS:
+            if len(words) >= 60 and not runs & seen and len(piece) < 3 * PIECE_CHARACTERS and is_prose(piece):
                 seen |= runs
                 pieces.append(piece)
             if len(pieces) == PIECES_OF_SOURCE:
                 break
         found += pieces
     return found
+
+
+def is_prose(piece: str) -> bool:
+    """Whether letters and blanks make up nine tenths: no tables, signatures or listings, about which one can argue."""
+    return sum(letter.isalpha() or letter.isspace() for letter in piece) >= 0.9 * len(piece)
 
 
 def planted_outcome(names: Sequence[str], labels: Labels, seed: int) -> Outcome:
@@ -104,7 +111,16 @@ def planted_rows(outcome: Outcome) -> list[tuple[Cell, ...]]:
     for one in outcome.grades:
         is_kept = one.fate == "kept"
         foreign = round(100 * one.foreign_cut, 1) if one.kind in ("boilerplate", "page") else None
-        rows.append((one.kind, one.documents, one.fate, round(100 * one.right, 1), round(100 * one.text_kept, 1) if is_kept else None, foreign))
+        rows.append(
+            (
+                one.kind,
+                one.documents,
+                one.fate,
+                round(100 * one.right, 1),
+                round(100 * one.text_kept, 1) if is_kept else None,
+                foreign,
+            )
+        )
     documents = sum(one.documents for one in outcome.grades)
     figures = f"precision {100 * outcome.precision:.1f} %, recall {100 * outcome.recall:.1f} %"
     return [*rows, (figures, documents, "", round(100 * outcome.clean_kept, 1), None, None)]
@@ -122,7 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m turbos.bench.curation", description="Curation on real texts.")
     parser.add_argument("sources", nargs="*", default=SOURCES, metavar="SOURCE", help=f"default: {' '.join(SOURCES)}")
     parser.add_argument("--megabytes", type=float, default=MEGABYTES, help="first megabytes of each source")
-    parser.add_argument("--labels", type=Path, default=Path("curation-labels.npz"), help="classifiers, trained if missing")
+    parser.add_argument(
+        "--labels", type=Path, default=Path("curation-labels.npz"), help="classifiers, trained if missing"
+    )
     args = parser.parse_args(argv)
     try:
         labels = labels_at(args.labels)
@@ -132,7 +150,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"curation: error: {error}", file=sys.stderr)
         return 2
     command = " ".join(["python -m turbos.bench.curation", *args.sources])
-    for name, columns, rows, seeds in (("curation", STAGE_COLUMNS, stages, ()), ("curation-planted", PLANTED_COLUMNS, planted, (0,))):
+    for name, columns, rows, seeds in (
+        ("curation", STAGE_COLUMNS, stages, ()),
+        ("curation-planted", PLANTED_COLUMNS, planted, (0,)),
+    ):
         for row in rows:
             print(*row, sep="  ")
         print(write_result(Result(**provenance(name, command, seeds), columns=columns, rows=tuple(rows)), Path.cwd()))

@@ -129,10 +129,14 @@ CONTESTANTS: tuple[Callable[[Contest], Entry], ...] = (with_datasketch, with_ren
 
 
 def true_copies(contest: Contest, least: float, entries: Sequence[Entry]) -> frozenset[int]:
-    """Texts with an earlier one at least so similar: the planted ones, and what any contestant named, checked exactly."""
+    """Texts with an earlier one at least so similar: the planted ones and what contestants named, checked exactly."""
     named = frozenset().union(*(entry.dropped for entry in entries))
     shingles = [frozenset(shingle_words(text)) for text in contest.texts]
-    found = {copy for copy, number in contest.origin.items() if similarity(contest.texts[copy], contest.texts[number]) >= least}
+    found = {
+        copy
+        for copy, number in contest.origin.items()
+        if similarity(contest.texts[copy], contest.texts[number]) >= least
+    }
     for number in named - found:
         earlier = (shingles[other] for other in range(number))
         if any(len(shingles[number] & other) >= least * len(shingles[number] | other) for other in earlier):
@@ -141,7 +145,7 @@ def true_copies(contest: Contest, least: float, entries: Sequence[Entry]) -> fro
 
 
 def contest_rows(contest: Contest, rounds: int = 3) -> list[tuple[str, float, float, float, float, float]]:
-    """A row for each contestant: the fastest of some interleaved rounds, verdicts against copies with similarity 0.7."""
+    """A row for each contestant: fastest of some interleaved rounds, verdicts against copies of similarity 0.7."""
     # The first call of a kernel compiles it, which is no part of its speed.
     with_curation(Contest(contest.texts[:20], {}))
     entries = [[enter(contest) for enter in CONTESTANTS] for _ in range(rounds)]
@@ -154,13 +158,24 @@ def contest_rows(contest: Contest, rounds: int = 3) -> list[tuple[str, float, fl
         recall = 100 * len(truth & entry.dropped) / len(truth)
         precision = 100 * len(truth & entry.dropped) / max(1, len(entry.dropped))
         error = float(np.abs(np.array(entry.estimates) - np.array(pairs)).mean())
-        rows.append((entry.name, round(seconds, 3), round(size / seconds, 2), round(recall, 1), round(precision, 1), round(error, 4)))
+        rows.append(
+            (
+                entry.name,
+                round(seconds, 3),
+                round(size / seconds, 2),
+                round(recall, 1),
+                round(precision, 1),
+                round(error, 4),
+            )
+        )
     return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and write the result below the current directory."""
-    parser = argparse.ArgumentParser(prog="python -m turbos.bench.minhash", description="MinHash libraries side by side.")
+    parser = argparse.ArgumentParser(
+        prog="python -m turbos.bench.minhash", description="MinHash libraries side by side."
+    )
     parser.add_argument("sources", nargs="*", default=SOURCES, metavar="SOURCE", help=f"default: {' '.join(SOURCES)}")
     args = parser.parse_args(argv)
     try:
@@ -171,7 +186,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in rows:
         print(*(f"{name} {cell}" for name, cell in zip(COLUMNS, row, strict=True)), sep="; ")
     command = "python -m turbos.bench.minhash " + " ".join(args.sources)
-    print(write_result(Result(**provenance("minhash", command.strip(), (0,)), columns=COLUMNS, rows=tuple(rows)), Path.cwd()))
+    print(
+        write_result(
+            Result(**provenance("minhash", command.strip(), (0,)), columns=COLUMNS, rows=tuple(rows)), Path.cwd()
+        )
+    )
     return 0
 
 

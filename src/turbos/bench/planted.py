@@ -23,9 +23,11 @@ COOKIES = (
     "This site uses cookies to improve your experience and to measure how it is used. "
     "By going on you agree to our use of cookies, as our privacy policy explains in detail."
 )
-FOOTER = "Archive\nPrivacy policy\nTerms of use\nSitemap\nSubscribe to our weekly letter\nAll rights reserved worldwide."
+FOOTER = (
+    "Archive\nPrivacy policy\nTerms of use\nSitemap\nSubscribe to our weekly letter\nAll rights reserved worldwide."
+)
 BOILERPLATE = (MENU, COOKIES, FOOTER)
-QUESTION_WORDS = 16
+QUESTION_WORDS, SHARED_WORDS = 32, 9
 WORD = re.compile(r"[\u4e00-\u9fff]|[^\W_\u4e00-\u9fff]+")
 BAD_WAYS = ("sales", "menu", "contents", "again", "blob", "numbers", "misread", "encoding")
 
@@ -86,9 +88,12 @@ def plant(texts: Sequence[str], seed: int, amounts: Amounts = Amounts()) -> Plan
     clean = take(amounts.clean)
     originals = [Planted("clean", "kept", text, text) for text in clean]
     questions = [_question(text) for text in take(amounts.contaminated)]
-    others = [Planted("boilerplate", "kept", *_with_boilerplate(text, generator), BOILERPLATE) for text in take(amounts.boilerplate)]
+    others = [
+        Planted("boilerplate", "kept", *_with_boilerplate(text, generator), BOILERPLATE)
+        for text in take(amounts.boilerplate)
+    ]
     others += [Planted("page", "kept", _page(text), text, ("Copyright", "trackVisit")) for text in take(amounts.page)]
-    others += [Planted("alike", "kept", _inserted(text, " ".join(_words(question)[:9]), generator), text)
+    others += [Planted("alike", "kept", _inserted(text, _stretch(question, 0, SHARED_WORDS), generator), text)
                for text, question in zip(take(amounts.alike), questions, strict=False)]  # fmt: skip
     others += [Planted("contaminated", "gone", _inserted(text, question, generator), text)
                for text, question in zip(take(amounts.contaminated), questions, strict=True)]  # fmt: skip
@@ -108,15 +113,11 @@ def _copies(clean: Sequence[str], generator: random.Random, amounts: Amounts) ->
         ("shifted", amounts.shifted, lambda text: _shifted(text, generator)),
         ("halves", amounts.halves, lambda text: _halves(text, generator.choice(clean))),
     ]
-    return [Planted(kind, "gone", make(text), text) for kind, count, make in kinds for text in generator.sample(clean, count)]
-
-
-def _words(text: str) -> list[str]:
-    return text.split() if " " in text.strip() else list(text)
-
-
-def _joined(words: Sequence[str], like: str) -> str:
-    return (" " if " " in like.strip() else "").join(words)
+    return [
+        Planted(kind, "gone", make(text), text)
+        for kind, count, make in kinds
+        for text in generator.sample(clean, count)
+    ]
 
 
 def reworded(text: str, generator: random.Random) -> str:
@@ -160,9 +161,14 @@ def _page(text: str) -> str:
 
 def _question(text: str) -> str:
     """A stretch of a text, as an examination question: some words from its middle."""
-    words = _words(text)
-    middle = max(0, len(words) // 2 - QUESTION_WORDS)
-    return _joined(words[middle : middle + 2 * QUESTION_WORDS], text)
+    middle = len(WORD.findall(text)) // 2
+    return _stretch(text, max(0, middle - QUESTION_WORDS // 2), QUESTION_WORDS)
+
+
+def _stretch(text: str, first: int, words: int) -> str:
+    """So many words of a text on one line, with what stands between them."""
+    spans = [found.span() for found in WORD.finditer(text)][first : first + words]
+    return " ".join(text[spans[0][0] : spans[-1][1]].split())
 
 
 def _inserted(text: str, passage: str, generator: random.Random) -> str:
@@ -205,7 +211,9 @@ class Outcome:
     @property
     def precision(self) -> float:
         """Of the documents that went, the share that should."""
-        return sum(grade.gone for grade in self.grades if grade.fate == "gone") / sum(grade.gone for grade in self.grades)
+        return sum(grade.gone for grade in self.grades if grade.fate == "gone") / sum(
+            grade.gone for grade in self.grades
+        )
 
     @property
     def clean_kept(self) -> float:
@@ -222,7 +230,9 @@ def grade(corpus: PlantedCorpus, came_out: Mapping[int, str]) -> Outcome:
     grades = []
     for kind in dict.fromkeys(document.kind for document in corpus.documents):
         numbers = [number for number, document in enumerate(corpus.documents) if document.kind == kind]
-        graded = Grade(kind, corpus.documents[numbers[0]].fate, len(numbers), sum(number not in came_out for number in numbers))
+        graded = Grade(
+            kind, corpus.documents[numbers[0]].fate, len(numbers), sum(number not in came_out for number in numbers)
+        )
         kept = [(corpus.documents[number], came_out[number]) for number in numbers if number in came_out]
         if graded.fate == "kept" and kept:
             stays = sum(_share_kept(document.origin, text) for document, text in kept) / len(kept)

@@ -3,7 +3,8 @@
 Recall is multi-query associative recall (Arora et al. 2023, arXiv 2312.04927, section 4): key-value pairs, then every
 key again in another order; only the values of the second round carry loss. A needle is such a pair planted in a text,
 asked for after its end. Keys and values are symbols: ids above the tokenizer's, so no text holds one by accident.
-Chance is `1 / values`. What a model makes of them is the matter of `bench.twins_run`.
+Chance is `1 / values` (one in so many needles or pairs for who only notices what is there). What a model makes of
+them is the matter of `bench.twins_measure`.
 
 >>> symbols = Symbols(first=100, keys=4, values=4)
 >>> sample = recall_sample(2, symbols, np.random.default_rng(0))
@@ -27,8 +28,8 @@ class Symbols:
     """Ids `first .. first + keys - 1` are keys, the next `values` ids are values."""
 
     first: int
-    keys: int = 256
-    values: int = 256
+    keys: int = 64
+    values: int = 64
 
     @property
     def end(self) -> int:
@@ -43,15 +44,12 @@ class Symbols:
         return self.first + np.stack([keys, self.keys + rng.integers(0, self.values, count)], axis=1)
 
 
-def recall_sample(pairs: int, symbols: Symbols, rng: np.random.Generator, rounds: int = 1) -> Sample:
-    """`pairs` pairs, then every key asked in `rounds` rounds, each in another order: `2 * pairs * (1 + rounds)` tokens.
-
-    Loss on the values that answer the questions.
-    """
+def recall_sample(pairs: int, symbols: Symbols, rng: np.random.Generator) -> Sample:
+    """`pairs` pairs and as many questions, `4 * pairs` tokens; loss on the values that answer the questions."""
     said = symbols.pairs(pairs, rng)
-    asked = [said[rng.permutation(pairs)] for _ in range(rounds)]
-    ids = np.concatenate([said, *asked]).ravel()
-    return Sample(tuple(ids.tolist()), (0.0,) * (2 * pairs) + (0.0, 1.0) * (pairs * rounds))
+    asked = said[rng.permutation(pairs)]
+    ids = np.concatenate([said, asked]).ravel()
+    return Sample(tuple(ids.tolist()), (0.0,) * (2 * pairs) + (0.0, 1.0) * pairs)
 
 
 def needle_sample(text: np.ndarray, needles: int, symbols: Symbols, rng: np.random.Generator) -> Sample:
@@ -73,17 +71,3 @@ def needle_sample(text: np.ndarray, needles: int, symbols: Symbols, rng: np.rand
         ids += [key, value]
         weights += [0.0, 1.0]
     return Sample(tuple(ids), tuple(weights))
-
-
-def answers(sample: Sample) -> list[int]:
-    """Places in a sample's ids of the answers: the values of the questions, which stand last.
-
-    >>> answers(Sample((9, 5, 7, 9, 7), (0.0, 1.0, 0.0, 0.0, 1.0)))
-    [4]
-    """
-    places = []
-    for place in range(len(sample.ids) - 1, 0, -2):
-        if sample.loss_weights[place] == 0.0 or sample.loss_weights[place - 1] != 0.0:
-            break
-        places.append(place)
-    return places[::-1]

@@ -1,6 +1,7 @@
-"""`turbos bench train|prefill|peers`: speed and memory against peers of the same shape, in one interleaved run.
+"""`turbos bench train|prefill|scan|peers|twins`: speed and memory against peers of the same shape, and against twins.
 
-The measuring is in `turbos.bench`; here its rows are printed, as a table or as one JSON object, and drawn.
+The measuring is in `turbos.bench`; here its rows are printed, as a table or as one JSON object, and drawn. What twins
+need besides is in `cli.twins`.
 
     turbos bench train --json
     turbos bench peers --vllm ~/vllm-env --png peers.png
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from turbos.cli import twins
 from turbos.cli.stages import use_threads
 from turbos.common.errors import UserError
 
@@ -23,25 +25,37 @@ if TYPE_CHECKING:
     from turbos.bench.rows import Row
 
 PNG = Path("bench-peers.png")
+OPTIONS_OF = {
+    **{name: ("peers",) for name in ("llama_bench", "vllm")},
+    "png": ("peers", "twins"),
+    **{name: ("twins",) for name in ("quick", "seeds", "dir")},
+}
+"""Options that say nothing with other work."""
 
 
 def add_parser(subparsers: Any) -> None:
     """Declare the verb."""
     parser = subparsers.add_parser("bench", help="measure speed and memory against peers", allow_abbrev=False)
-    parser.add_argument("work", choices=("train", "prefill", "peers"), help="what to measure (peers: all, against all)")
+    parser.add_argument(
+        "work",
+        choices=("train", "prefill", "scan", "peers", "twins"),
+        help="what to measure (peers: all, against all; twins: attention-only, Mamba-only, hybrid)",
+    )
     parser.add_argument("--json", action="store_true", help="stdout holds one JSON object and nothing else")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument("--llama-bench", type=Path, metavar="FILE", help="with peers: this program for llama.cpp")
     parser.add_argument("--vllm", type=Path, metavar="DIR", help="with peers: a virtual environment that has vLLM")
-    parser.add_argument("--png", type=Path, metavar="FILE", help=f"with peers: where to draw (default: {PNG})")
+    parser.add_argument("--png", type=Path, metavar="FILE", help=f"with peers or twins: where to draw (peers: {PNG})")
+    twins.add_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print the rows."""
-    options = {"--llama-bench": args.llama_bench, "--vllm": args.vllm, "--png": args.png}
-    for name, value in options.items() if args.work != "peers" else ():
-        if value is not None:
-            raise UserError(f"bench: {name} says nothing with {args.work}")
+    for name, works in OPTIONS_OF.items():
+        if args.work not in works and getattr(args, name) not in (None, False):
+            raise UserError(f"bench: --{name.replace('_', '-')} says nothing with {args.work}")
+    if args.work == "twins":
+        return twins.run(args)
     use_threads(args.threads)
     with contextlib.redirect_stdout(sys.stderr):
         rows = measure(args)
@@ -66,6 +80,10 @@ def measure(args: argparse.Namespace) -> Sequence[Row]:
         from turbos.bench.prefill import bench_prefill
 
         return bench_prefill()
+    if args.work == "scan":
+        from turbos.bench.scan import bench_scan
+
+        return bench_scan()
     from turbos.bench.chart import draw_rows
     from turbos.bench.contest import Elsewhere, bench_peers
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import sys
 import time
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from turbos.data.curate.semantic import Embed
 
 LABELS_FILE = "curation-labels-1.npz"
-TOKENS_TO_EMBED = 512
+TOKENS_TO_EMBED, TYPICAL_TEXTS = 512, 32
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -90,7 +91,7 @@ def curate_sources(args: argparse.Namespace) -> int:
         texts = evaluation_texts(args.eval)
         from turbos.data.curate.contamination import EvaluationTexts
 
-        embed = checkpoint_embedding(args.embed) if args.embed else None
+        embed = checkpoint_embedding(args.embed, typical_texts(args)) if args.embed else None
         key = aids_key(labels, texts, args.embed)
         with progress() as watch:
             aids = Aids(labels, EvaluationTexts(texts), embed)
@@ -166,8 +167,12 @@ def aids_key(labels: Labels | None, texts: Sequence[str], embed: str | None) -> 
     return digest.hexdigest()[:16]
 
 
-def checkpoint_embedding(name: str) -> Embed:
-    """Texts to the mean of a model's last hidden states over their first 512 tokens."""
+def checkpoint_embedding(name: str, typical: Sequence[str]) -> Embed:
+    """Texts to the mean of a model's last hidden states over their first 512 tokens, less that of typical texts.
+
+    Hidden states of any two texts point the same way (their common part is most of them), so what is common is taken
+    out; without that, everything would resemble everything.
+    """
     import numpy
     import torch
 
@@ -177,15 +182,22 @@ def checkpoint_embedding(name: str) -> Embed:
     package = load_package(name)
 
     @torch.inference_mode()
-    def embed(texts: Sequence[str]) -> np.ndarray:
-        rows = []
-        for text in texts:
-            ids = package.tokenizer.encode(text[: 8 * TOKENS_TO_EMBED])[:TOKENS_TO_EMBED]
-            hidden_TD = package.model(torch.tensor(ids), Documents.from_lengths([len(ids)])).hidden_TD
-            rows.append(hidden_TD.float().mean(0).numpy())
-        return numpy.stack(rows)
+    def mean_state(text: str) -> np.ndarray:
+        ids = package.tokenizer.encode(text[: 8 * TOKENS_TO_EMBED])[:TOKENS_TO_EMBED]
+        hidden_TD = package.model(torch.tensor(ids), Documents.from_lengths([len(ids)])).hidden_TD
+        state_D: np.ndarray = hidden_TD.float().mean(0).numpy()
+        return state_D / numpy.linalg.norm(state_D)
 
-    return embed
+    common_D = numpy.mean([mean_state(text) for text in typical], axis=0)
+    return lambda texts: numpy.stack([mean_state(text) - common_D for text in texts])
+
+
+def typical_texts(args: argparse.Namespace) -> list[str]:
+    """The first texts of every source."""
+    from turbos.data.sources import documents, expand
+
+    names = expand(args.names)
+    return [text for name in names for text in itertools.islice(documents(name, args.cache), TYPICAL_TEXTS)]
 
 
 @contextlib.contextmanager
@@ -200,7 +212,8 @@ def progress() -> Iterator[Callable[[Counts], None]]:
     def watch(counts: Counts) -> None:
         nonlocal told
         total = counts.total
-        line = f"curating: {total.documents_in:,} documents, {total.bytes_in / 1e6:,.1f} MB in, {total.bytes_out / 1e6:,.1f} MB out"
+        sizes = f"{total.bytes_in / 1e6:,.1f} MB in, {total.bytes_out / 1e6:,.1f} MB out"
+        line = f"curating: {total.documents_in:,} documents, {sizes}"
         if status:
             status.update(line)
         elif time.monotonic() - told >= SECONDS_BETWEEN_LINES:
@@ -222,8 +235,7 @@ def print_counts(counts: Counts) -> None:
         row = f"{stage.title:<26} {stage.documents_in:>12,} {stage.dropped:>9,} {stage.edited:>8,}"
         print(f"{row} {stage.bytes_out / 1e6:>9.2f} {speed}")
     total, seconds = counts.total, sum(stage.seconds for stage in counts.stages)
-    share = 100 * total.bytes_out / max(total.bytes_in, 1)
-    print(
-        f"kept {total.documents_out:,} of {total.documents_in:,} documents, {share:.1f} % of {total.bytes_in / 1e6:.1f} MB,"
-        f" {total.bytes_in / 1e6 / max(seconds, 1e-9):.1f} MB/s a core over all stages"
-    )
+    size = total.bytes_in / 1e6
+    kept = f"{100 * total.bytes_out / max(total.bytes_in, 1):.1f} % of {size:.1f} MB"
+    speed = f"{size / max(seconds, 1e-9):.1f} MB/s a core over all stages"
+    print(f"kept {total.documents_out:,} of {total.documents_in:,} documents, {kept}, {speed}")

@@ -272,8 +272,11 @@ class Experts(nn.Module):
             routing = moe.Routing(experts_TK, self._gates(logits_TE, experts_TK))
             load_E = moe.expert_load(experts_TK, self.config.num_experts)
         call.routers.append(report)
-        y_TD = moe.mix_experts(x_TD, routing, load_E, self.w_in, self.w_out, self.config.activation)
+        y_TD = self._mix(x_TD, routing, load_E)
         return y_TD if self.shared is None else y_TD + self.shared(x_TD, call, None)
+
+    def _mix(self, x_TD: Tensor, routing: moe.Routing, load_E: Tensor) -> Tensor:
+        return moe.mix_experts(x_TD, routing, load_E, self.w_in, self.w_out, self.config.activation)
 
     def _route(self, logits_TE: Tensor) -> moe.Routing:
         config = self.config

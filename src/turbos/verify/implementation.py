@@ -239,9 +239,10 @@ def _tap_sublayer(stack: ExitStack, rows: Rows, index: int, sublayer: Sublayer) 
         _tap_method(stack, mixer, "_attend", _attention_rows(rows, index))
     elif sublayer.kind == "F" and mixer.shared is not None:
         _tap_output(stack, rows, Place(index, "shared expert"), mixer.shared)
+        _tap_method(stack, mixer, "_mix", lambda args, result: rows.update({Place(index, "routed experts"): result}))
     elif sublayer.kind == "D":
         _tap_output(stack, rows, Place(index, "w_in"), mixer.w_in)
-    _tap_mixer_output(stack, rows, index, mixer)
+    _tap_output(stack, rows, Place(index, "output"), mixer)
     _tap_output(stack, rows, Place(index, RESIDUAL), sublayer)
 
 
@@ -253,18 +254,6 @@ def _tap_input(stack: ExitStack, rows: Rows, place: Place, module: Any) -> None:
 def _tap_output(stack: ExitStack, rows: Rows, place: Place, module: Any) -> None:
     handle = module.register_forward_hook(lambda module, args, result: rows.update({place: result}))
     stack.callback(handle.remove)
-
-
-def _tap_mixer_output(stack: ExitStack, rows: Rows, index: int, mixer: Any) -> None:
-    """The branch, and where a shared expert is part of it, what the routed ones added."""
-
-    def record(module: Any, args: Any, result: Tensor) -> None:
-        shared = rows.get(Place(index, "shared expert"))
-        if shared is not None:
-            rows[Place(index, "routed experts")] = result - shared
-        rows[Place(index, "output")] = result
-
-    stack.callback(mixer.register_forward_hook(record).remove)
 
 
 def _tap_method(stack: ExitStack, mixer: Any, name: str, record: Callable[[tuple[Tensor, ...], Any], object]) -> None:

@@ -133,7 +133,7 @@ class Blocks:
         self.seen = seen or HashSet()
 
     def prune(self, scan: Scan, asked: np.ndarray) -> Pruned:
-        """Cut the seen blocks out of the documents with `asked` (bool `[N]`); their own blocks are seen from then on."""
+        """Cut seen blocks out of the documents with `asked` (bool `[N]`); their own blocks are seen from then on."""
         cut = np.zeros(len(scan.unit_hash_U), np.bool_)
         self.seen.reserve(2 * len(cut))
         self.seen.count += _prune(

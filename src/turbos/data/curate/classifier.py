@@ -1,8 +1,9 @@
 """A small text classifier: hashed features, one linear layer over their mean, softmax (as fastText, arXiv 1607.01759).
 
-Two kinds of features: runs of four bytes (for languages and quality: they know layout and spelling, and judge sources
-that training has not seen better) and words with pairs of words (for topics). They are taken from the front, the middle and the end of a document, a
-bounded number, so that a long document costs no more than a page. What classes there are and where examples come from is the matter of `labels.py` and `examples.py`.
+Two kinds of features: runs of four bytes for languages and quality (they know layout and spelling, and do better on
+sources that training has not seen), words with pairs of words for topics. They are taken from the front, the middle and
+the end of a document, a bounded number, so that a long document costs no more than a page. What classes there are and
+where examples come from is the matter of `labels.py` and `examples.py`.
 
 >>> texts = [b"the cat sat on the mat", b"der Hund liegt auf dem Sofa"] * 20
 >>> model = train_classifier("bytes", ("en", "de"), texts, [0, 1] * 20)

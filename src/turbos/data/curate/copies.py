@@ -1,10 +1,10 @@
 """Copies: the same text again (exact) and almost the same text again (MinHash); the first one that comes is kept.
 
-Near copies are found as FineWeb finds them (arXiv 2406.17557, section 3.4): 112 hash functions over 5-grams of words, in
-14 bands of 8. A pair with similarity s shares a band with probability 1 - (1 - s^8)^14: 5 % at 0.5, 77 % at 0.75, 99 % at
-0.85. What shares a band is then compared by its whole signature, of which one byte a function is kept (b-bit MinHash,
-arXiv 0910.3349), and dropped from an estimated similarity of 0.7 on; the bands alone would also drop unlike texts.
-Signatures come from `rensa`: `turbos.bench.minhash` measures it beside `datasketch`.
+Near copies are found as FineWeb finds them (arXiv 2406.17557, section 3.4): 112 hash functions over 5-grams of words,
+in 14 bands of 8. A pair with similarity s shares a band with probability 1 - (1 - s^8)^14: 5 % at 0.5, 77 % at 0.75,
+99 % at 0.85. What shares a band is then compared by its whole signature, of which one byte a function is kept (b-bit
+MinHash, arXiv 0910.3349), and dropped from an estimated similarity of 0.7 on; the bands alone would also drop unlike
+texts. Signatures come from `rensa`: `turbos.bench.minhash` measures it beside `datasketch`.
 
 >>> near = NearCopies()
 >>> from turbos.data.curate.words import scan_texts
@@ -33,7 +33,7 @@ SEED = 1
 
 
 def digests(texts: Sequence[bytes]) -> np.ndarray:
-    """A 64-bit hash of every text without the blanks around it, uint64 `[N]`; two of 10^7 agree once in 300,000 runs."""
+    """A 64-bit hash of every text without outer blanks, uint64 `[N]`; two of 10^7 agree once in 300,000 runs."""
     raw = b"".join(hashlib.blake2b(text.strip(), digest_size=8).digest() for text in texts)
     return np.frombuffer(raw, "<u8")
 

@@ -109,7 +109,12 @@ def conversations(archive: Path) -> Iterator[Example]:
 
 
 def _language_examples(sources: _Sources) -> list[Example]:
-    found = [Example(text, code) for code, names in LANGUAGE_SOURCES.items() for name in names for text in sources.examples(name)]
+    found = [
+        Example(text, code)
+        for code, names in LANGUAGE_SOURCES.items()
+        for name in names
+        for text in sources.examples(name)
+    ]
     try:
         found += conversations(fetch(["chat"], sources.cache_dir)[0])
     except UserError as error:
@@ -118,7 +123,9 @@ def _language_examples(sources: _Sources) -> list[Example]:
 
 
 def _topic_examples(sources: _Sources) -> list[Example]:
-    return [Example(text, topic) for topic, names in TOPICS.items() for name in names for text in sources.examples(name)]
+    return [
+        Example(text, topic) for topic, names in TOPICS.items() for name in names for text in sources.examples(name)
+    ]
 
 
 def quality_examples(texts: Iterable[str], seed: int) -> list[Example]:

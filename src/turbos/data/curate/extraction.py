@@ -2,8 +2,8 @@
 
 HTML goes through `resiliparse` (its main-content heuristics, as in DCLM, arXiv 2406.11794); wiki markup through a few
 expressions here, as parsers of the whole language read less than 1 MB a second. A text that only quotes some markup (a
-manual, a program) stays as it is: `markup_of` wants a tag every 400 characters where the text begins with one, every 120
-elsewhere, or wiki links beside wiki signs.
+manual, a program) stays as it is: `markup_of` wants a tag every 400 characters where the text begins with one, every
+120 elsewhere, or wiki links beside wiki signs.
 
 >>> extracted("<html><body><nav><a href='/'>Home</a></nav><article><p>A short text.</p></article></body></html>")
 'A short text.'
@@ -18,7 +18,9 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-TAG = re.compile(r"</?(?:html|head|body|div|p|br|ul|ol|li|table|t[rdh]|h[1-6]|a|span|section|article|nav)\b[^<>]{0,500}>", re.I)
+TAG = re.compile(
+    r"</?(?:html|head|body|div|p|br|ul|ol|li|table|t[rdh]|h[1-6]|a|span|section|article|nav)\b[^<>]{0,500}>", re.I
+)
 CHARACTERS_PER_TAG, CHARACTERS_PER_TAG_INSIDE = 400, 120
 FEWEST_TAGS = 3
 

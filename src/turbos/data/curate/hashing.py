@@ -31,7 +31,7 @@ def mixed(h: np.uint64) -> np.uint64:
 
 
 @njit(cache=True, inline="always")
-def slot_of(slots: np.ndarray, key: np.uint64) -> int:
+def slot_of(slots: np.ndarray, key: np.uint64) -> np.uint64:
     """Where a key lies in an open-addressing table, or the free slot where it belongs. Keys are mixed hashes."""
     mask = np.uint64(slots.shape[0] - 1)
     place = key & mask

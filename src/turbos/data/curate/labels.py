@@ -81,7 +81,7 @@ def write_labels(path: Path, labels: Labels) -> None:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with partial.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+            np.savez_compressed(file, allow_pickle=False, **arrays)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -96,7 +96,9 @@ def read_labels(path: Path) -> Labels:
             parts = {name: _classifier(arrays, name) for name in ("language", "topic", "quality")}
             card = {str(key): str(value) for key, value in json.loads(str(arrays["card"])).items()}
     except (OSError, ValueError, KeyError, EOFError) as error:
-        raise UserError(f"{path} is no file of classifiers, or damaged ({error}): delete it to train them anew") from error
+        raise UserError(
+            f"{path} is no file of classifiers, or damaged ({error}): delete it to train them anew"
+        ) from error
     except Exception as error:  # zipfile and zlib raise their own kinds for a cut file
         if type(error).__module__ not in ("zipfile", "zlib"):
             raise
@@ -108,6 +110,6 @@ def _classifier(arrays: np.lib.npyio.NpzFile, name: str) -> Classifier:
     """One classifier out of the archive; ValueError where its arrays do not fit together."""
     kind, names = str(arrays[f"{name}.kind"]), tuple(str(one) for one in arrays[f"{name}.names"])
     weight, bias = arrays[f"{name}.weight"], arrays[f"{name}.bias"]
-    if kind not in BUCKETS or weight.shape != (BUCKETS[kind], len(names)) or bias.shape != (len(names),):  # type: ignore[index]
+    if kind not in BUCKETS or weight.shape != (BUCKETS[kind], len(names)) or bias.shape != (len(names),):
         raise ValueError(f"the {name} classifier has parts that do not fit")
-    return Classifier(kind, names, np.ascontiguousarray(weight, np.float32), np.ascontiguousarray(bias, np.float32))  # type: ignore[arg-type]
+    return Classifier(kind, names, np.ascontiguousarray(weight, np.float32), np.ascontiguousarray(bias, np.float32))

@@ -3,20 +3,22 @@
 A run works in a folder beside its output (`.OUT.curating`) and renames it at the end, so an output is whole or not
 there. Every minute, and when reading fails, it saves what the stages remember and how far it got; the same command goes
 on from there and gives the same bytes as one that was never stopped. Documents are taken in batches of about a
-megabyte; what grows with the corpus are the hashes that stages remember (about 40 bytes a line of text, 500 a document).
+megabyte; what grows with the corpus is what stages remember (about 40 bytes a line of text, 500 a document).
 
-    summary = curate(["english", "pages.jsonl"], Path("clean"), CurationConfig(rule_set="web"), labels)
+    curate(["english", "pages.jsonl"], Path("clean"), CurationConfig(rule_set="web"), Aids(labels))
     next(documents("clean"))
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -134,7 +136,7 @@ class Curation:
         """Write what the stages remember."""
         arrays = {f"{stage.name}.{key}": value for stage in self.stages for key, value in stage.arrays().items()}
         with path.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+            np.savez(file, allow_pickle=False, **arrays)
 
     def restore(self, path: Path, counts: Counts) -> None:
         """Take back what `save` wrote, and the counts of that moment."""
@@ -175,7 +177,7 @@ def _run_stage(stage: Stage, batch: Batch, counts: StageCounts) -> None:
 def read_documents(
     names: Sequence[str], cache_dir: str | Path | None = None, megabytes: float | None = None
 ) -> Iterator[Document]:
-    """Documents of all sources in turn, numbered; of each source the first `megabytes` (10^6 bytes of UTF-8) at most."""
+    """Documents of all sources in turn, numbered; of each at most the first `megabytes` (10^6 bytes of UTF-8)."""
     number = 0
     for name in expand(names):
         left = float("inf") if megabytes is None else megabytes * 1e6
@@ -217,15 +219,29 @@ def curate(
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty and no output of curation: name a new folder")
     work = out.with_name(f".{out.name}.curating")
-    work.mkdir(parents=True, exist_ok=True)
-    run = _Run(work, asked, Curation(config, aids))
-    run.resume()
-    counts = run.take(read_documents(names, cache_dir, config.megabytes), watch)
-    if not counts.total.documents_in:
-        shutil.rmtree(work)
-        raise UserError(f"no text in {', '.join(names)}: name a source that holds some")
-    run.finish(out)
+    with _sole_owner(work):
+        run = _Run(work, asked, Curation(config, aids))
+        run.resume()
+        counts = run.take(read_documents(names, cache_dir, config.megabytes), watch)
+        if not counts.total.documents_in:
+            shutil.rmtree(work)
+            raise UserError(f"no text in {', '.join(names)}: name a source that holds some")
+        run.finish(out)
     return counts
+
+
+@contextmanager
+def _sole_owner(work: Path) -> Iterator[None]:
+    """Hold a work folder (made if missing) against a second process; the system lets go however this one ends."""
+    work.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(work, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"another process is at work in {work}: wait for it, or name another folder") from None
+    finally:
+        os.close(descriptor)
 
 
 def _finished(out: Path, asked: str) -> Counts:

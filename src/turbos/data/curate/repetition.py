@@ -41,7 +41,7 @@ class Repetition:
 
 
 @njit(cache=True, inline="always")
-def _place(keys: np.ndarray, mask: int, key: np.uint64) -> int:
+def _place(keys: np.ndarray, mask: int, key: np.uint64) -> np.int64:
     place = np.int64(key) & mask
     while keys[place] != np.uint64(0) and keys[place] != key:
         place = (place + 1) & mask
@@ -60,7 +60,7 @@ def _table_size(entries: int) -> int:
 def _block_shares(
     hashes: np.ndarray, sizes: np.ndarray, flags: np.ndarray, start: int, end: int, flag: int, keys: np.ndarray
 ) -> tuple[float, float]:
-    """Share of blocks seen before in units `start .. end - 1`, and their bytes; a block begins at a unit with `flag`."""
+    """Share and bytes of blocks seen before in units `start .. end - 1`; a block begins at a unit with `flag`."""
     mask = _table_size(end - start) - 1
     keys[: mask + 1] = 0
     blocks, again, again_bytes = 0, 0, 0

@@ -1,7 +1,7 @@
 """The report of a curation: one HTML page that needs nothing else, and a PNG of the funnel.
 
-Texts of the corpus are shown as text (escaped), never as markup. Both files are drawn from `Counts` alone, so they can be
-made again from `curation.json`.
+Texts of the corpus are shown as text (escaped), never as markup. Both files are drawn from `Counts` alone, so they can
+be made again from `curation.json`.
 
     write_report(counts, Path("clean"), ["english", "pages.jsonl"])
 """
@@ -31,13 +31,15 @@ p { margin: 6px 0; } .soft { color: var(--soft); }
 .figure { background: var(--panel); border-radius: 8px; padding: 12px 18px; min-width: 150px; }
 .figure b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 6px 10px; border-bottom: 1px solid var(--line); text-align: right; vertical-align: middle; white-space: nowrap; }
+th, td { padding: 6px 10px; border-bottom: 1px solid var(--line); text-align: right; vertical-align: middle;
+  white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); font-size: 13px; }
 th:first-child, td:first-child { text-align: left; } td.wide { width: 30%; } tr.out td { color: var(--soft); }
 .bar { display: flex; height: 14px; border-radius: 3px; overflow: hidden; background: var(--panel); }
 .bar i { background: var(--kept); } .bar u { background: var(--gone); min-width: 0; }
 .key i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin: 0 6px 0 14px; }
-.two { display: grid; grid-template-columns: 1fr 1fr; gap: 32px; } @media (max-width: 720px) { .two { display: block; } }
+.two { display: grid; grid-template-columns: 1fr 1fr; gap: 32px; }
+@media (max-width: 720px) { .two { display: block; } }
 details { border: 1px solid var(--line); border-radius: 8px; padding: 8px 14px; margin: 8px 0; }
 summary { cursor: pointer; } summary b { margin-right: 8px; } ul { margin: 8px 0; padding-left: 20px; }
 pre { background: var(--panel); border-radius: 6px; padding: 10px 12px; white-space: pre-wrap; overflow-wrap: anywhere;
@@ -74,7 +76,8 @@ def render_page(counts: Counts, names: Sequence[str], notes: Sequence[str] = ())
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     body = "\n".join(parts)
-    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head><body><main>\n{body}\n</main></body></html>\n'
+    whole = f"<head>{head}<style>{STYLE}</style></head><body><main>\n{body}\n</main></body>"
+    return f'<!doctype html>\n<html lang="en">{whole}</html>\n'
 
 
 def _share(part: float, whole: float) -> str:
@@ -99,7 +102,8 @@ def _figures(counts: Counts) -> str:
 
 
 def _bar(kept: float, gone: float, whole: float) -> str:
-    return f'<div class="bar"><i style="width:{100 * kept / whole:.2f}%"></i><u style="width:{100 * gone / whole:.2f}%"></u></div>'
+    parts = f'<i style="width:{100 * kept / whole:.2f}%"></i><u style="width:{100 * gone / whole:.2f}%"></u>'
+    return f'<div class="bar">{parts}</div>'
 
 
 def _row(cells: Iterable[str], kind: str = "td", css: str = "") -> str:
@@ -121,8 +125,9 @@ def _stages_table(stages: Sequence[StageCounts], whole: int) -> str:
         cells = (escape(stage.title), f"{stage.documents_in:,}", f"{stage.dropped:,}", f"{stage.edited:,}",
                  _share(stage.bytes_out, whole), speed)  # fmt: skip
         rows.append(_row_with_bar(cells, bar))
-    key = '<p class="soft key"><i style="background:var(--kept)"></i>kept<i style="background:var(--gone)"></i>taken by the stage</p>'
-    return f"<table>{''.join(rows)}</table>{key}"
+    signs = (("kept", "kept"), ("gone", "taken by the stage"))
+    key = "".join(f'<i style="background:var(--{color})"></i>{words}' for color, words in signs)
+    return f'<table>{"".join(rows)}</table><p class="soft key">{key}</p>'
 
 
 def _sources_table(sources: Mapping[str, SourceCounts]) -> str:

@@ -16,13 +16,15 @@ import re
 
 WAYS = ("shuffle", "sales", "menu", "misread", "encoding", "contents", "again", "blob", "numbers", "holes")
 SALES = (
-    *("buy now", "best price", "free shipping", "click here", "limited offer", "order online", "cheap", "discount code"),
-    *("casino bonus", "100% guaranteed", "sign up today", "subscribe", "add to cart", "点击这里", "免费", "优惠", "立即购买"),
-)  # fmt: skip
+    *("buy now", "best price", "free shipping", "click here", "limited offer", "order online", "cheap"),
+    *("discount code", "casino bonus", "100% guaranteed", "sign up today", "subscribe", "add to cart"),
+    *("点击这里", "免费", "优惠", "立即购买"),
+)
 NAVIGATION = (
-    *("Home", "Login", "Register", "About us", "Contact", "Privacy policy", "Terms of use", "Next", "Previous", "Share"),
-    *("Copyright", "All rights reserved", "Read more", "Comments", "首页", "登录", "注册", "联系我们", "下一页", "版权所有"),
-)  # fmt: skip
+    *("Home", "Login", "Register", "About us", "Contact", "Privacy policy", "Terms of use", "Next", "Previous"),
+    *("Share", "Copyright", "All rights reserved", "Read more", "Comments"),
+    *("首页", "登录", "注册", "联系我们", "下一页", "版权所有"),
+)
 WORD = re.compile(r"[^\W\d_]+|\d+|[\u4e00-\u9fff]|[^\w\s]")
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789|!.,;~^"
 
@@ -33,23 +35,35 @@ def spoilt(text: str, way: str, generator: random.Random) -> str:
     if way == "shuffle":
         return _joined(generator.sample(words, len(words)), text)
     if way == "sales":
-        return _joined([one for word in words for one in ([generator.choice(SALES)] if generator.random() < 0.4 else [word])], text)
+        return _joined(
+            [one for word in words for one in ([generator.choice(SALES)] if generator.random() < 0.4 else [word])], text
+        )
     if way == "menu":
-        entries = [generator.choice(NAVIGATION) if generator.random() < 0.5 else word for word in words[::3] + words[:4]]
+        entries = [
+            generator.choice(NAVIGATION) if generator.random() < 0.5 else word for word in words[::3] + words[:4]
+        ]
         return generator.choice((" | ", "\n", " » ")).join([*entries, "|", "|", "|"])
     if way == "misread":
-        return "".join(generator.choice(LETTERS) if letter.isalnum() and generator.random() < 0.25 else letter for letter in text)
+        return "".join(
+            generator.choice(LETTERS) if letter.isalnum() and generator.random() < 0.25 else letter for letter in text
+        )
     if way == "encoding":
         return _wrong_encoding(text, generator)
     if way == "contents":
-        return "\n".join(f"{number}.{number % 7} {word} {'.' * generator.randint(4, 30)} {3 * number}" for number, word in enumerate(words[::4], 1))
+        return "\n".join(
+            f"{number}.{number % 7} {word} {'.' * generator.randint(4, 30)} {3 * number}"
+            for number, word in enumerate(words[::4], 1)
+        )
     if way == "again":
         few = _joined(words[: generator.randint(2, 12)], text)
         return "\n".join([few] * max(3, len(text) // (len(few) + 1)))
     if way == "blob":
         return base64.encodebytes(generator.randbytes(max(120, len(text) // 2))).decode()
     if way == "numbers":
-        return "\n".join("\t".join(f"{generator.uniform(0, 9999):.{generator.randint(0, 3)}f}" for _ in range(6)) for _ in range(len(text) // 40 + 2))
+        return "\n".join(
+            "\t".join(f"{generator.uniform(0, 9999):.{generator.randint(0, 3)}f}" for _ in range(6))
+            for _ in range(len(text) // 40 + 2)
+        )
     if way == "holes":
         return _joined([word for word in words if generator.random() < 0.5], text)
     raise ValueError(f"no way to spoil a text is called {way!r}")

@@ -240,7 +240,8 @@ class BlockPruning(Stage):
     def apply(self, batch: Batch, drop: Drop, show: Show) -> None:
         """Programs are passed over: they repeat lines with right."""
         scan = batch.scan
-        is_code = np.array([bool(batch.judged) and batch.judged.language_N[place] == "code" for place in range(len(batch))])  # type: ignore[union-attr]
+        languages = batch.judged.language_N if batch.judged else [""] * len(batch)
+        is_code = np.array([language == "code" for language in languages])
         pruned = self.blocks.prune(scan, batch.alive & ~is_code)
         sizes = scan.count(Count.BYTES)
         for place in np.flatnonzero(pruned.bytes_cut_N):

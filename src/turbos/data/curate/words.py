@@ -136,9 +136,10 @@ def _closes(code: int) -> bool:
 @njit(cache=True, inline="always")
 def _character(text: np.ndarray, place: int) -> tuple[int, int, int]:
     """Code, number of bytes and kind of the character at a place."""
-    code = np.int64(text[place])
+    # Adding to a byte makes it a whole integer.
+    code = 0 + text[place]
     if code < 128:
-        return code, 1, np.int64(ASCII_KINDS[code])
+        return code, 1, 0 + ASCII_KINDS[code]
     code, size = _decoded(text, place, code)
     return code, size, _wide_kind(code)
 
@@ -199,7 +200,8 @@ def _count_words(word_hash: np.ndarray, word_borders: np.ndarray, counts: np.nda
         for word in range(word_borders[document], word_borders[document + 1]):
             key = word_hash[word]
             for index in range(STOP_HASHES.shape[0]):
-                seen |= np.int64(key == STOP_HASHES[index]) << index
+                if key == STOP_HASHES[index]:
+                    seen |= 1 << index
             counts[document, Count.LOREM_IPSUM] += key == IPSUM and last == LOREM
             last = key
         for index in range(STOP_HASHES.shape[0]):
