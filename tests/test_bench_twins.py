@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from turbos.bench import collect, twins, twins_chart, twins_data, twins_measure, twins_run
+from turbos.bench import collect, twins, twins_chart, twins_data, twins_run
 from turbos.bench.recall import Symbols, needle_sample, recall_sample
 from turbos.bench.tables import read_result
 from turbos.bench.twins import Results, keep_plan, read_plan, read_results
@@ -340,17 +340,17 @@ def test_broken_figures_are_named(tmp_path: Path) -> None:
     path = tmp_path / "hybrid-seed0.json"
     for content in ("", "[]", '{"twin": "hybrid"}', '{"abilities": {"recall": {"a": 1}}}'):
         path.write_text(content)
-        with pytest.raises(UserError, match="holds no figures of a twin .* delete it"):
+        with pytest.raises(UserError, match=r"holds no figures of a twin .* delete it"):
             read_figures(path)
 
 
 def test_a_directory_belongs_to_one_plan(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no .*plan.json: run `turbos bench twins"):
+    with pytest.raises(UserError, match=r"no .*plan\.json: run `turbos bench twins"):
         read_plan(tmp_path)
     keep_plan(QUICK, tmp_path)
     keep_plan(QUICK, tmp_path)
     assert read_plan(tmp_path) == QUICK
-    with pytest.raises(UserError, match="another plan, differing in .*steps.*: name another with --dir"):
+    with pytest.raises(UserError, match=r"another plan, differing in .*steps.*: name another with --dir"):
         keep_plan(Plan(), tmp_path)
 
 

@@ -18,11 +18,10 @@ import numpy as np
 import pytest
 
 from tiny import save_tiny
-
 from turbos.cli.curate import checkpoint_embedding
 from turbos.cli.main import main
 from turbos.common.errors import UserError
-from turbos.data.curate import pipeline
+from turbos.data.curate import contamination, pipeline
 from turbos.data.curate.classifier import BUCKETS, features, train_classifier
 from turbos.data.curate.contamination import EvaluationTexts
 from turbos.data.curate.counts import counts_from
@@ -164,7 +163,7 @@ def test_a_second_process_is_refused(corpus: Path, tmp_path: Path) -> None:
 def test_a_full_disk_keeps_what_was_saved(corpus: Path, tmp_path: Path) -> None:
     """A real process whose files may not grow beyond 200 kB, then the same command without that limit."""
     command = [sys.executable, "-m", "turbos", "data", "curate", str(corpus), "--out", str(tmp_path / "out")]
-    command += ["--labels", "none", "--json"]
+    command += ["--labels", "none", "--skip", "contamination", "--json"]
     limits = (200_000, 200_000)
     limited = subprocess.run(
         command, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -172,7 +171,7 @@ def test_a_full_disk_keeps_what_was_saved(corpus: Path, tmp_path: Path) -> None:
     assert limited.returncode == 2 and "File too large" in limited.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
     assert subprocess.run(command, capture_output=True).returncode == 0
-    whole = curate([str(corpus)], tmp_path / "whole", CurationConfig(), Aids(evaluation=EvaluationTexts(["x"])))
+    whole = curate([str(corpus)], tmp_path / "whole", CurationConfig(), Aids())
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole") and whole.total.documents_out > 700
 
 
@@ -410,10 +409,18 @@ def test_the_report_shows_all_and_runs_nothing(tmp_path: Path) -> None:
     assert "21" in page and "10 dropped" in page
 
 
+@pytest.fixture
+def _few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two held-out problems of a kind instead of 256, which take seconds to make."""
+    make = contamination.held_out_questions
+    monkeypatch.setattr(contamination, "held_out_questions", lambda: make(2))
+
+
 def run_curate(*words: object) -> int:
     return main(["data", "curate", *map(str, words)])
 
 
+@pytest.mark.usefixtures("_few_questions")
 def test_the_command_writes_texts_report_and_figures(
     corpus: Path, labels: Labels, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -433,6 +440,7 @@ def test_the_command_writes_texts_report_and_figures(
     assert "Near copies" in shown and "MB/s a core over all stages" in shown and str(out / "report.html") in shown
 
 
+@pytest.mark.usefixtures("_few_questions")
 @pytest.mark.parametrize(
     ("words", "said"),
     [

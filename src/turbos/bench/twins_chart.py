@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLORS = {"attention": "#c44e52", "mamba": "#4c72b0", "hybrid": "#2a8f4f"}
+BAR = 0.27
 SIZE, RING = (14.0, 7.8), "#111111"
 STANDING_COLORS = {"first": "#2a8f4f", "level": "#666666", "second": "#c77a00", "last": "#c44e52"}
 
@@ -32,8 +33,8 @@ def draw_twins(results: Results, out: Path) -> Path:
 
     found = measurements(results)
     figure, grid = pyplot.subplots(2, 4, figsize=SIZE, layout="constrained")
-    _draw_bits(grid[0][0], results.figures)
-    _note_standing(grid[0][0], found, "text, mixture")
+    _draw_bits(grid[0][0], found)
+    _note_standing(grid[0][0], found, "text, ")
     _draw_recall(grid[0][1], results)
     _ring(grid[0][1], results.plan.pairs, [one for one in found if one.name.startswith("recall, ")][1:])
     _note_standing(grid[0][1], found, "recall, ", but="mean")
@@ -56,17 +57,23 @@ def _of(figures: Sequence[TwinFigures], twin: Twin) -> list[TwinFigures]:
     return [one for one in figures if one.twin == twin.name]
 
 
-def _draw_bits(axes: Axes, figures: Sequence[TwinFigures]) -> None:
-    for place, twin in enumerate(TWINS):
-        values = [one.abilities.mean_bits for one in _of(figures, twin)]
-        axes.bar(place, statistics.mean(values), 0.65, color=COLORS[twin.name], alpha=0.85)
-        axes.plot([place] * len(values), values, "k.", markersize=4)
-        axes.annotate(f"{statistics.mean(values):.3f}", (place, max(values)), ha="center", va="bottom", fontsize=9)
-    everything = [one.abilities.mean_bits for one in figures]
-    room = max(0.02, max(everything) - min(everything))
+def _draw_bits(axes: Axes, found: Sequence[Measurement]) -> None:
+    """A group of bars for the mixture and for each source; a point for each seed."""
+    groups = [one for one in found if one.name.startswith("text")]
+    everything = [value for one in groups for values in one.values.values() for value in values]
+    for number, twin in enumerate(TWINS):
+        places = [place + (number - 1) * BAR for place in range(len(groups))]
+        means = [one.mean(twin.name) for one in groups]
+        axes.bar(places, means, BAR * 0.94, color=COLORS[twin.name], alpha=0.85)
+        for place, one in zip(places, groups, strict=True):
+            axes.plot([place] * len(one.values[twin.name]), one.values[twin.name], "k.", markersize=2.5)
+        axes.annotate(f"{means[0]:.3f}", (places[0], max(groups[0].values[twin.name])), xytext=(0, 4), rotation=90,
+                      textcoords="offset points", ha="center", va="bottom", fontsize=8)  # fmt: skip
+    _ring(axes, [place + BAR for place in range(len(groups))], groups)
     # A bar from 0 would hide every difference; the axis says where it begins.
-    axes.set_ylim(min(everything) - 0.7 * room, max(everything) + 0.4 * room)
-    axes.set_xticks(range(len(TWINS)), [twin.title for twin in TWINS])
+    room = max(0.05, max(everything) - min(everything))
+    axes.set_ylim(min(everything) - 0.3 * room, max(everything) + 0.25 * room)
+    axes.set_xticks(range(len(groups)), [one.name.removeprefix("text, ") for one in groups])
     _dress(axes, "held-out text (axis cut)", "", "bits per byte, less is better")
 
 
@@ -128,7 +135,7 @@ def _write_values(axes: Axes, found: Measurement, length: float) -> None:
         axes.annotate(
             f"{value:,.0f}" if value >= 100 else f"{value:.3g}",
             (length, value),
-            xytext=((0, -13), (7, 0), (0, 5))[rank],
+            xytext=((0, -13), (11, 0), (0, 5))[rank],
             textcoords="offset points",
             ha="left" if rank == 1 else "center",
             va="center" if rank == 1 else "bottom",

@@ -1,7 +1,7 @@
 """The twins' figures as one table: a row for each measurement, a column for each twin, and how the hybrid stands.
 
-The hybrid is `first`, `second` or `last`; `level` with the best where they differ by no more than seeds do. Figures are
-means over seeds; `spread` is the largest difference between two seeds of one twin.
+The hybrid is `first`, `second` or `last`; `level` where none is ahead of it and one differs from it by no more than
+seeds do. Figures are means over seeds; `spread` is the largest difference between two seeds of one twin.
 
     result = twins_result(results)
     write_result(result, Path.cwd())       # docs/results/twins.json
@@ -41,7 +41,7 @@ class Measurement:
     @property
     def spread(self) -> float:
         """The largest difference between two seeds of one twin."""
-        return max(max(values) - min(values) for values in self.values.values())
+        return max(map(_range, self.values.values()))
 
     @property
     def standing(self) -> str:
@@ -49,10 +49,17 @@ class Measurement:
         others = [twin for twin in self.values if twin != HYBRID.name]
         if HYBRID.name not in self.values or not others:
             return ""
-        ahead = [self.sign * (self.mean(twin) - self.mean(HYBRID.name)) for twin in others]
-        if abs(max(ahead)) <= self.spread:
+        verdicts = [self._against(twin) for twin in others]
+        if "behind" not in verdicts and "level" in verdicts:
             return "level"
-        return PLACES[sum(lead > self.spread for lead in ahead)]
+        return PLACES[verdicts.count("behind")]
+
+    def _against(self, twin: str) -> str:
+        """Whether the hybrid is ahead of a twin, behind it, or no farther from it than seeds of either differ."""
+        ahead = self.sign * (self.mean(HYBRID.name) - self.mean(twin))
+        if abs(ahead) <= max(_range(self.values[twin]), _range(self.values[HYBRID.name])):
+            return "level"
+        return "ahead" if ahead > 0 else "behind"
 
     @property
     def row(self) -> tuple[Cell, ...]:
@@ -61,6 +68,10 @@ class Measurement:
         seeds = max(len(values) for values in self.values.values())
         spread = float(f"{self.spread:.2g}") if seeds > 1 else None
         return (self.name, self.unit, *means, spread, self.standing)
+
+
+def _range(values: Sequence[float]) -> float:
+    return max(values) - min(values)
 
 
 def measurements(results: Results) -> list[Measurement]:

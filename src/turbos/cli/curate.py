@@ -88,13 +88,13 @@ def curate_sources(args: argparse.Namespace) -> int:
         labels = find_labels(args)
         if labels:
             require_languages(languages, labels)
-        texts = evaluation_texts(args.eval)
+        texts = evaluation_texts(args.eval) if "contamination" not in skip else []
         from turbos.data.curate.contamination import EvaluationTexts
 
         embed = checkpoint_embedding(args.embed, typical_texts(args)) if args.embed else None
         key = aids_key(labels, texts, args.embed)
         with progress() as watch:
-            aids = Aids(labels, EvaluationTexts(texts), embed)
+            aids = Aids(labels, EvaluationTexts(texts) if texts else None, embed)
             counts = curate(args.names, args.out, config, aids, args.cache, key, watch)
     notes = [f"rules: {args.rules}; {len(texts):,} evaluation texts kept out"]
     if labels:
