@@ -120,11 +120,17 @@ SPELLINGS: list[tuple[str, dict[str, object]]] = [
     ("llama", {"rope_parameters": None}),
     ("llama", {"rope_theta": None}),
     ("llama", {"head_dim": None, "rope_scaling": None}),
+    ("llama", {"rope_theta": 500.0, "rope_parameters": {"rope_type": "default"}}),
+    (
+        "llama",
+        {"rope_theta": 77.0, "rope_parameters": None, "rope_scaling": {"rope_type": "default", "rope_theta": 500.0}},
+    ),
+    ("nemotron_h", {"layer_norm_epsilon": None, "norm_eps": 0.1}),
 ]
 MODELS: dict[str, dict[str, object]] = {
     "granitemoehybrid": {"layers": "MFAF"},
     "nemotron_h": {"layers": "MFAD", **NEMOTRON},
-    "llama": {"layers": "ADAD", "rope_theta": 1e4},
+    "llama": {"layers": "ADAD", "rope_theta": 500.0},
 }
 
 
@@ -142,6 +148,7 @@ def test_other_spellings_mean_the_same(family: str, changes: dict[str, object], 
     [
         ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}, "rope_type 'llama3'"),
         ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
         ("llama", {"partial_rotary_factor": 0.5, "rope_parameters": None}, "partial_rotary_factor"),
         ("llama", {"attention_bias": True}, "attention_bias"),
         ("llama", {"mlp_bias": True}, "mlp_bias"),
@@ -149,6 +156,7 @@ def test_other_spellings_mean_the_same(family: str, changes: dict[str, object], 
         ("granitemoehybrid", {"layer_types": ["mamba", "sliding"]}, r"layer_types\[1\]: layer kind 'sliding'"),
         ("granitemoehybrid", {"mamba_conv_bias": False}, "mamba_conv_bias"),
         ("granitemoehybrid", {"normalization_function": "layernorm"}, "normalization_function"),
+        ("granitemoehybrid", {"shared_intermediate_size": 0}, "shared_intermediate_size 0"),
         ("granitemoehybrid", {"turbos": {"momentum": 1}}, "momentum"),
         ("granitemoehybrid", {"turbos": {"hidden_size": 48}}, "turbos.hidden_size: 48 contradicts"),
         ("granitemoehybrid", {"turbos": [1]}, "turbos"),
@@ -157,6 +165,7 @@ def test_other_spellings_mean_the_same(family: str, changes: dict[str, object], 
         ("nemotron_h", {"n_group": 2}, "n_group"),
         ("nemotron_h", {"n_shared_experts": 2}, "n_shared_experts"),
         ("nemotron_h", {"moe_latent_size": 12}, "moe_latent_size"),
+        ("nemotron_h", {"moe_shared_expert_intermediate_size": 0}, "moe_shared_expert_intermediate_size 0"),
         ("nemotron_h", {"mlp_hidden_act": "silu"}, "mlp_hidden_act"),
         ("nemotron_h", {"time_step_limit": [0.001, 0.1]}, "time_step_limit"),
         ("nemotron_h", {"use_bias": True}, "use_bias"),

@@ -145,6 +145,39 @@ def test_import_keeps_every_bit(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert {tensor.dtype for tensor in stored_tensors(tmp_path / "wide").values()} == {torch.float32}
 
 
+def test_import_keeps_how_a_checkpoint_is_sampled(tmp_path: Path) -> None:
+    source = saved(tmp_path / "source")
+    settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    rewrite(str(source), tmp_path / "ours", "keep", hugging_face=False)
+    assert json.loads((tmp_path / "ours" / "generation_config.json").read_text()) == settings
+    # Where these settings name no end of text, config.json still does.
+    assert read_token_ids(tmp_path / "ours") == read_token_ids(source)
+
+
+def test_import_keeps_float64_and_refuses_what_float16_cannot_hold(tmp_path: Path) -> None:
+    model = tiny_model().double()
+    with torch.no_grad():
+        model.norm_weight[0] = 1e5 + 1e-9
+    source = tmp_path / "source"
+    source.mkdir()
+    write_package(source, model, tiny_tokenizer(), Card())
+    rewrite(str(source), tmp_path / "ours", "keep", hugging_face=False)
+    before, after = stored_tensors(source), stored_tensors(tmp_path / "ours")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    with pytest.raises(UserError, match=r"tensor model\.norm\.weight holds 1e\+05, beyond torch\.float16"):
+        rewrite(str(source), tmp_path / "narrow", "float16", hugging_face=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "source"]
+
+
+@pytest.mark.parametrize("target", ["hf", "gguf"])
+def test_a_link_that_leads_nowhere_is_not_replaced(target: str, tmp_path: Path) -> None:
+    source, out = saved(tmp_path / "source"), tmp_path / "out"
+    out.symlink_to(tmp_path / "unplugged")
+    assert main(["export", str(source), "--to", target, "--out", str(out)]) == 2
+    assert out.is_symlink() and sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
 def test_export_to_hugging_face_loads_there(tmp_path: Path) -> None:
     source, out = saved(tmp_path / "source", Card("Mine", data=("problems",))), tmp_path / "out"
     assert main(["export", str(source), "--to", "hf", "--out", str(out)]) == 0

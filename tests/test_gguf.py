@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,17 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     with pytest.raises(UserError, match=f"ffn_down_exps.*{complaint}"):
         write_gguf(model, tiny_tokenizer(), path, kind)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_the_users_to_mend_and_leaves_nothing(tmp_path: Path) -> None:
+    model, limits = gguf_model("granite"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot save"):
+            write_gguf(model, tiny_tokenizer(), tmp_path / "model.gguf", "f32")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_vocabulary_fills_the_embedding_and_tells_tokens_apart() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from hypothesis import assume, given, settings
@@ -14,10 +14,12 @@ from chats import REQUESTS, SPELLED, TOKENIZER, conversations, spells, tame
 from turbos.common.errors import UserError
 from turbos.text.chat import prompt_ids, render
 from turbos.text.messages import Conversation, Message, Tool, ToolCall
+from turbos.text.template import chat_template
 from turbos.text.thinking import EFFORTS, Thinking, requested_thinking
 
 transformers = pytest.importorskip("transformers")
 jinja2 = pytest.importorskip("jinja2")
+pytest.importorskip("jinja2.sandbox")
 
 USER = Message("user", "fox?")
 
@@ -158,3 +160,13 @@ def _plain() -> str:
 def test_twin_guards_every_special_token_of_its_tokenizer() -> None:
     names = [TOKENIZER.decode([id]) for id in TOKENIZER.special_ids]
     assert all(json.dumps(name) in _plain() for name in names)
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment()
+    environment.globals["raise_exception"] = _refuse
+    twin = environment.from_string(chat_template([*names, "[cite]"]))
+    assert twin.render(messages=[{"role": "user", "content": "cite"}]) == "<|user|>cite<|end|>"
+    with pytest.raises(jinja2.TemplateError, match=r"\[cite\]"):
+        twin.render(messages=[{"role": "user", "content": "as in [cite]"}])
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)

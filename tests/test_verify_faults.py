@@ -15,7 +15,7 @@ import torch
 
 from model_cases import tiny_model
 from turbos.model import checkpoint, lm, mixers, state
-from turbos.ops import attention, conv, moe, selective_scan, ssd
+from turbos.ops import attention, conv, loss, moe, selective_scan, ssd
 from turbos.verify import native
 from verify_cases import SHAPES, certificate, check_named, failed, plant, saved
 
@@ -23,6 +23,7 @@ TRUTH, WHOLE = "float64 truth, each sublayer", "float64 truth, whole"
 PACKED, BATCH, DECODE = "packed == separate", "batch == single", "prefill == decode"
 SEGMENTS, FORKS = "segmented == whole prefill", "forked and restored == live"
 TRAINED, GRADIENTS = "parameters present, used, trained", "gradients: packed == separate"
+TRUE_GRADIENTS = "gradients: float64 truth"
 
 
 @dataclass(frozen=True)
@@ -288,6 +289,36 @@ FAULTS = {
         "(call := __import__('dataclasses').replace(call, recycling=torch.Generator())):",
         *(TRUTH, "sublayers.1 (mixture of experts): routed experts "),
         shape="mamba1",
+    ),
+    "a batch's scan states in another order": Fault(
+        *(
+            mixers.Mamba2,
+            "_scan",
+            "call.documents, state.ssm_BHPN, self",
+            "call.documents, state.ssm_BHPN.flip(0), self",
+        ),
+        *(SEGMENTS, "sublayers.0 (Mamba2, model.layers.0): scan |first in document 1, token 2"),
+        quiet=(TRUTH, WHOLE, PACKED, BATCH, DECODE),
+    ),
+    "a batch's conv states in another order": Fault(
+        *(mixers.Mamba2, "_convolve", "documents, state.conv_BKC)", "documents, state.conv_BKC.flip(0))"),
+        *(SEGMENTS, "sublayers.0 (Mamba2, model.layers.0): conv |first in document 1, token 2"),
+        quiet=(TRUTH, WHOLE, PACKED, BATCH, DECODE),
+    ),
+    "taps with twice their gradient": Fault(
+        *(conv._CausalConv, "backward", "dtaps_KC.T", "2 * dtaps_KC.T"),
+        *(TRUE_GRADIENTS, "sublayers.4.mixer.conv_weight differs by 1.0e+00"),
+        quiet=(TRUTH, WHOLE, PACKED, DECODE, GRADIENTS, TRAINED),
+    ),
+    "gates that no loss trains": Fault(
+        *(mixers.Experts, "forward", "self._route(logits_TE)", "self._route(logits_TE.detach())"),
+        *(TRUE_GRADIENTS, "sublayers.5.mixer.router_weight differs by 1.0e+00"),
+        quiet=(TRUTH, WHOLE, PACKED, DECODE, GRADIENTS, TRAINED),
+    ),
+    "half of the head's gradient": Fault(
+        *(loss._CrossEntropy, "backward", "(dweight_VD * dtotal)", "(dweight_VD * dtotal / 2)"),
+        *(TRUE_GRADIENTS, "embed_weight differs by "),
+        quiet=(TRUTH, WHOLE, PACKED, DECODE, GRADIENTS, TRAINED),
     ),
     "a gradient that leaks between documents": Fault(
         *(conv._CausalConv, "backward", "return dpadded.index_select(0, margins.token_rows_T)"),

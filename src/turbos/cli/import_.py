@@ -10,6 +10,7 @@ and tokenizer stay as they are; `--dtype` stores the weights otherwise. DIR appe
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import tempfile
 import zipfile
@@ -57,26 +58,35 @@ def run(args: argparse.Namespace) -> int:
 
 def refuse_existing(out: Path) -> None:
     """Nothing is overwritten; the folder that holds the output must be there or can be made."""
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise UserError(f"--out {out}: already there; name another, or remove it first")
 
 
 def rewrite(source: str, out: Path, dtype: str, hugging_face: bool) -> None:
     """Load a checkpoint and write it as `out`, in its own family; `hugging_face` refuses a family that is only ours."""
+    import torch
+
     from turbos.model.card import CARD_FILE, Card
-    from turbos.model.checkpoint import stored_dtypes
+    from turbos.model.checkpoint import read_family, stored_dtypes
+    from turbos.model.hub import resolve_checkpoint
     from turbos.model.package import load_package, write_package
+    from turbos.model.token_ids import GENERATION_FILE
     from turbos.train.checkpoint import write_whole
 
-    package = load_package(source)
+    directory = resolve_checkpoint(source)
+    _, config = read_family(directory)
     if hugging_face:
-        require_hugging_face(package.model.config)
-    stored = stored_dtypes(package.directory)
+        require_hugging_face(config)
+    stored = stored_dtypes(directory)
+    # In fp32, or wider where a file is: what is written back has lost nothing.
+    package = load_package(directory, functools.reduce(torch.promote_types, stored.values(), torch.float32))
     dtypes = stored if dtype == "keep" else dict.fromkeys(stored, torch_dtype(dtype))
     card, model, family = Card(title=out.name, base=source), package.model, package.family
 
     def write(place: Path) -> None:
         ids = package.token_ids
+        if (settings := package.directory / GENERATION_FILE).is_file():
+            (place / GENERATION_FILE).write_bytes(settings.read_bytes())
         write_package(place, model, package.tokenizer, card, token_ids=ids, family=family, dtypes=dtypes)
         if (theirs := package.directory / CARD_FILE).is_file():
             # What is known of data and licence goes on with the weights.

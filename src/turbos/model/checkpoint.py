@@ -61,7 +61,12 @@ def _file_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     for name in names:
         tensor = name.place(state[name.ours])
-        yield name.file, tensor.to(dtypes.get(name.file, tensor.dtype))
+        dtype = dtypes.get(name.file, tensor.dtype)
+        stored = tensor.to(dtype)
+        if dtype != tensor.dtype and not stored.isfinite().all():
+            largest = float(tensor.abs().max())
+            raise UserError(f"tensor {name.file} holds {largest:.3g}, beyond {dtype}: store it as float32 or bfloat16")
+        yield name.file, stored
 
 
 def load_config(directory: Path) -> ModelConfig:

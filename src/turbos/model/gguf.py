@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Literal, get_args
@@ -74,8 +75,12 @@ def write_gguf(
         _write_tensors(writer, tensors, NUMBERS[kind])
         writer.close()
         _replace(aside, path)
+    except OSError as error:
+        # numpy's carry no errno: a full disk looks like "1440 requested and 1008 written".
+        raise UserError(f"cannot save {path}: {error}; make room and run again") from error
     finally:
-        writer.close()
+        with suppress(OSError):
+            writer.close()
         aside.unlink(missing_ok=True)
 
 

@@ -81,13 +81,13 @@ def write_package(
 ) -> None:
     """Fill an existing directory with a checkpoint; `family` and `dtypes` as for `save_model`.
 
-    `token_ids` None takes those of a tokenizer of ours, or what a foreign tokenizer's files say.
+    `token_ids` None takes those of a tokenizer of ours, or what a foreign tokenizer's files say. A
+    generation_config.json that is there already stays as it is.
     """
     tokenizer.save(directory)
-    if token_ids is None and tokenizer.speaks_chat:
-        token_ids = own_token_ids(tokenizer)
-    if token_ids is not None and not (directory / GENERATION_FILE).is_file():
+    if token_ids is None:
+        token_ids = own_token_ids(tokenizer) if tokenizer.speaks_chat else read_token_ids(directory)
+    if token_ids != TokenIds() and not (directory / GENERATION_FILE).is_file():
         write_generation_config(directory, token_ids)
-    ids = read_token_ids(directory)
-    save_model(model, directory, family=family, dtypes=dtypes, token_ids=ids)
+    save_model(model, directory, family=family, dtypes=dtypes, token_ids=token_ids)
     write_card(directory, card, model.config)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from turbos.common.records import IGNORED
+from turbos.ops.exponential import exponential, exponential_
 from turbos.ops.linear import product
 
 BLOCK_ELEMENTS = 1 << 22
@@ -52,7 +53,7 @@ class _CrossEntropy(torch.autograd.Function):
             scale_R = loss_weights_T[rows].to(logits_RV.dtype)
             picked_R = logits_RV.gather(1, targets_T[rows, None])[:, 0]
             top_R1 = logits_RV.amax(1, keepdim=True)
-            exp_RV = logits_RV.sub_(top_R1).exp_()
+            exp_RV = exponential_(logits_RV.sub_(top_R1))
             sum_R = exp_RV.sum(1)
             total += ((sum_R.log() + top_R1[:, 0] - picked_R) * scale_R).sum()
             if dhidden_TD is None and dweight_VD is None:
@@ -94,7 +95,7 @@ class _TokenLogprobs(torch.autograd.Function):
         for hidden_RD, targets_R in _blocks(hidden_TD, targets_T, weight_VD.shape[0]):
             log_RV = torch.log_softmax(_wide(product(hidden_RD, weight_VD)) * scale, -1)
             logprobs.append(log_RV.gather(1, targets_R[:, None])[:, 0])
-            entropies.append(-(log_RV.exp() * log_RV).sum(1))
+            entropies.append(-(exponential(log_RV) * log_RV).sum(1))
         ctx.save_for_backward(hidden_TD, weight_VD, targets_T, torch.cat(entropies))
         ctx.scale = scale
         return torch.cat(logprobs), torch.cat(entropies)
@@ -109,7 +110,7 @@ class _TokenLogprobs(torch.autograd.Function):
         for hidden_RD, targets_R in _blocks(hidden_TD, targets_T, weight_VD.shape[0]):
             rows = slice(start, start + len(hidden_RD))
             log_RV = torch.log_softmax(_wide(product(hidden_RD, weight_VD)) * ctx.scale, -1)
-            prob_RV = log_RV.exp()
+            prob_RV = exponential(log_RV)
             # d logp(target) = onehot - p;  d entropy = -p * (log p + entropy)
             drows_RV = -(dentropies_T[rows, None] * (log_RV + entropies_T[rows, None]) + dlogprobs_T[rows, None])
             dlogits_RV = drows_RV.mul_(prob_RV)

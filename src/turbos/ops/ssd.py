@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from turbos.common.records import Documents
+from turbos.ops.exponential import exponential, exponential_
 
 BLOCK_NUMBERS = 1 << 18
 """Numbers per tensor that a block of chunks works on: 1 MiB in fp32, about a core's second-level cache."""
@@ -156,7 +157,7 @@ def _decay(sums_CHQ: Tensor) -> Tensor:
     size = sums_CHQ.shape[-1]
     gap_CHQQ = sums_CHQ[..., :, None] - sums_CHQ[..., None, :]
     above = torch.ones(size, size, dtype=torch.bool, device=sums_CHQ.device).triu_(1)
-    return gap_CHQQ.masked_fill_(above, float("-inf")).exp_()
+    return exponential_(gap_CHQQ.masked_fill_(above, float("-inf")))
 
 
 def _group(tile_CQHP: Tensor, groups: int) -> Tensor:
@@ -216,7 +217,7 @@ class _Chunks:
     @property
     def rest_CQH(self) -> Tensor:
         """Decay from each token to its chunk's end."""
-        return torch.exp(self.sums_CQH[:, -1:] - self.sums_CQH)
+        return exponential(self.sums_CQH[:, -1:] - self.sums_CQH)
 
     def scores(self) -> Tensor:
         """`C_i . B_j`, `[C, G, Q, Q]`."""
@@ -296,7 +297,7 @@ class _ChunkedScan(torch.autograd.Function):
             torch.matmul(
                 block.carried().transpose(-1, -2), block.B_CQGN.transpose(1, 2), out=block.grouped(write_CHPN[rows])
             )
-        total_CH = torch.exp(chunks.sums_CQH[:, -1])
+        total_CH = exponential(chunks.sums_CQH[:, -1])
         before_CHPN = _states_before(write_CHPN, total_CH, tiles, initial_DHPN)
         last = list(tiles.last)
         final_DHPN = torch.addcmul(write_CHPN[last], total_CH[last][..., None, None], before_CHPN[last])
@@ -306,7 +307,7 @@ class _ChunkedScan(torch.autograd.Function):
         for rows in chunks.blocks():
             block = chunks[rows]
             read_CGQR = torch.matmul(block.C_CQGN.transpose(1, 2), block.grouped(before_CHPN[rows]).transpose(-1, -2))
-            decay_CQH1 = torch.exp(block.sums_CQH)[..., None]
+            decay_CQH1 = exponential(block.sums_CQH)[..., None]
             torch.addcmul(_inside(block).transpose(1, 2), _ungroup(read_CGQR, heads), decay_CQH1, out=y_CQHP[rows])
         y_THP = _untile(y_CQHP, tiles)
         ctx.save_for_backward(x_THP, dt_TH, A_H, B_TGN, C_TGN, before_CHPN, y_THP, final_DHPN)
@@ -327,11 +328,11 @@ class _ChunkedScan(torch.autograd.Function):
         dbefore_CHPN = torch.empty_like(before_CHPN)
         for rows in chunks.blocks():
             block = chunks[rows]
-            dread_CGQR = _group(dy_CQHP[rows] * torch.exp(block.sums_CQH)[..., None], block.groups)
+            dread_CGQR = _group(dy_CQHP[rows] * exponential(block.sums_CQH)[..., None], block.groups)
             C_CGQN = block.C_CQGN.transpose(1, 2)
             dC_CQGN[rows] = torch.matmul(dread_CGQR, block.grouped(before_CHPN[rows])).transpose(1, 2)
             torch.matmul(dread_CGQR.transpose(-1, -2), C_CGQN, out=block.grouped(dbefore_CHPN[rows]))
-        dafter_CHPN = _state_gradients(dbefore_CHPN, torch.exp(chunks.sums_CQH[:, -1]), tiles, dfinal_DHPN)
+        dafter_CHPN = _state_gradients(dbefore_CHPN, exponential(chunks.sums_CQH[:, -1]), tiles, dfinal_DHPN)
         # ... to what each token wrote into the state that its chunk leaves; then inside each chunk.
         for rows in chunks.blocks():
             block = chunks[rows]

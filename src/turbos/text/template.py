@@ -35,7 +35,7 @@ OPENING = """\
     {%- if text is not string -%}
         {{- raise_exception(place ~ ': text is wanted') -}}
     {%- endif -%}
-    {%- if '<' in text -%}
+    {%- if MARK in text -%}
         {%- for special in specials -%}
             {%- if special in text -%}
                 {{- raise_exception(place ~ ': the text spells the special token ' ~ special) -}}
@@ -157,7 +157,9 @@ def chat_template(specials: Sequence[str]) -> str:
     follows = {role: list(FOLLOWS[role]) for role in ("start", *ROLES)}
     efforts = {effort: "off" if mode == "off" else "on" for effort, mode in EFFORTS.items()}
     values = {"SPECIALS": list(specials), "FOLLOWS": follows, "EFFORTS": efforts}
-    opening = OPENING
+    # Most texts have none of the specials' first letter, where they share one: a search for each is saved.
+    letters = {name[:1] for name in specials}
+    opening = OPENING.replace("MARK", json.dumps(letters.pop() if len(letters) == 1 else ""))
     for name, value in values.items():
         opening = opening.replace(f"= {name} ", f"= {json.dumps(value)} ")
     return opening + TOOLS + MESSAGES + PROMPT

@@ -17,7 +17,10 @@ from turbos.verify.explain import explanation
 from turbos.verify.readings import EMBEDDING, GATES, RESIDUAL, ROUTER, Place, Reading, Rows
 from turbos.verify.report import Check
 from turbos.verify.subject import ROUNDING, Subject, in_pieces, judge, packed, separate
-from turbos.verify.training import gradients_are_separate, parameters_are_trained
+from turbos.verify.training import gradients_are_separate, gradients_are_true, parameters_are_trained
+
+UNLIKE = (2, 5), (4, 1), (1, 3)
+"""Segments of three documents in one batch: the second call continues after other lengths, by other lengths."""
 
 
 def packed_is_separate(subject: Subject, packing: str) -> Check:
@@ -107,11 +110,25 @@ def decode_is_prefill(subject: Subject) -> Check:
 
 
 def segments_are_whole(subject: Subject) -> Check:
-    """A document read in segments with a carried state against the whole in one call."""
-    texts, model = subject.texts([sum(subject.plan.segments)], seed=6), subject.implementation
-    why = f"chunks begin at other tokens (segments of {', '.join(map(str, subject.plan.segments))})"
-    pieces = in_pieces(model, texts, [subject.plan.segments])
-    return judge(subject, pieces, separate(model, texts), subject.rounding, why)
+    """A document in segments with a carried state, and three in one batch that continue unlike, against whole ones."""
+    cuts, model = subject.plan.segments, subject.implementation
+    alone, *batch = subject.texts([sum(cuts), *(map(sum, UNLIKE) if model.continues_unlike else ())], seed=6)
+
+    def pieces(everything: bool) -> Reading:
+        reading, state = Reading(1 + len(batch)), model.start(1, len(alone))
+        for piece in alone.split(list(cuts)):
+            reading.add([0], [len(piece)], model.read([piece], state, everything))
+        if not batch:
+            return reading
+        state = model.start(len(batch), max(map(len, batch)))
+        parts = [text.split(list(cut)) for text, cut in zip(batch, UNLIKE, strict=True)]
+        for segment in zip(*parts, strict=True):
+            reading.add([1, 2, 3], [len(piece) for piece in segment], model.read(segment, state, everything))
+        return reading
+
+    unlike = "; documents 1 to 3 in one batch, in unlike ones" if batch else ""
+    why = f"chunks begin at other tokens (segments of {', '.join(map(str, cuts))}{unlike})"
+    return judge(subject, pieces, separate(model, [alone, *batch]), subject.rounding, why)
 
 
 def forked_is_live(subject: Subject) -> Check:
@@ -268,6 +285,7 @@ CHECKS: tuple[tuple[str, Callable[[Subject], Check | None]], ...] = (
     ("save -> load == original", saved_is_original),
     ("files written back == files", written_back_is_original),
     ("gradients: packed == separate", gradients_are_separate),
+    ("gradients: float64 truth", gradients_are_true),
     ("parameters present, used, trained", parameters_are_trained),
 )
 """By name, in the order in which they run; `packed_is_separate` comes before them, once for each way of packing."""

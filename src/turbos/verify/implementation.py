@@ -37,6 +37,8 @@ class Implementation(Protocol[S]):
     config: ModelConfig
     packings: tuple[str, ...]
     """Ways of saying where packed documents end, the usual one first; "" where there is only one."""
+    continues_unlike: bool
+    """Whether one call may continue a batch's documents by unlike lengths."""
 
     def packed_by(self, packing: str) -> Implementation[S]:
         """The same model, told of borders in another way."""
@@ -92,6 +94,7 @@ class OurModel:
 
     name = "turbos"
     packings: tuple[str, ...] = ("",)
+    continues_unlike = True
 
     def __init__(self, model: LanguageModel, family: Family):
         self.model, self.config, self.family = model, model.config, family

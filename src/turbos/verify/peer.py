@@ -75,6 +75,8 @@ class PeerModel:
         self.config, self.family = config, family
         self._misplaced, self._packing = list(misplaced), packing
         self.packings: tuple[str, ...] = (POSITIONS, SEQUENCES) if "M" in config.layers else (POSITIONS,)
+        # Its batches are padded, and a scan that goes on would read the padding.
+        self.continues_unlike = "M" not in config.layers
         self._taps = list(taps_of(model, config, family))
 
     def packed_by(self, packing: str) -> PeerModel:

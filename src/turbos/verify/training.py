@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from turbos.verify.compare import router_ties
+from turbos.verify.readings import Reading
 from turbos.verify.report import Check
 from turbos.verify.subject import Subject, packed, separate
 
 TRIES = 8
 """Texts that are drawn in search of one without router ties: a flipped choice gives another gradient."""
+NO_TEXT = f"router ties flip in each of {TRIES} texts: nothing can be compared"
+SHORT_TEXTS, SHORT_CHUNK = (21, 12, 1), 8
+"""Lengths for the gradients of the slow truth, and a chunk size at which the first still crosses borders."""
 
 
 def gradients_are_separate(subject: Subject) -> Check:
@@ -23,10 +27,9 @@ def gradients_are_separate(subject: Subject) -> Check:
     tolerance = 10 * subject.rounding
     texts = _texts_without_ties(subject, tolerance)
     if texts is None:
-        where = f"router ties flip in each of {TRIES} texts: nothing can be compared"
-        return Check(False, math.nan, tolerance, where, why)
+        return Check(False, math.nan, tolerance, NO_TEXT, why)
     values = list(parameters.values())
-    got = torch.autograd.grad(model.loss(texts, False), values, allow_unused=True, materialize_grads=True)
+    got = _gradients(subject, texts)
     want = [torch.zeros_like(value) for value in values]
     for text in texts:
         if len(text) > 1:
@@ -34,9 +37,39 @@ def gradients_are_separate(subject: Subject) -> Check:
             for total, gradient in zip(want, torch.autograd.grad(loss, values, allow_unused=True), strict=True):
                 if gradient is not None:
                     total += gradient
-    largest = max(float(gradient.abs().max()) for gradient in want)
+    return _compared(got, dict(zip(parameters, want, strict=True)), tolerance, why)
+
+
+def gradients_are_true(subject: Subject) -> Check | None:
+    """Gradients of a loss against those of the float64 equations; None where parameters have another's names."""
+    model, truth = subject.implementation, subject.truth
+    if not set(model.parameters()) <= truth.names:
+        return None
+    why = f"fp32 (in chunks of {SHORT_CHUNK}) against float64, relative to each tensor's largest gradient"
+    tolerance = 10 * subject.rounding
+    for seed in range(200, 200 + TRIES):
+        texts, true = subject.texts(SHORT_TEXTS, seed), Reading(len(SHORT_TEXTS))
+        true.add(range(len(texts)), SHORT_TEXTS, truth.whole(texts))
+        if not router_ties(separate(model, texts)(False), true, subject.routers, tolerance):
+            with model.chunk_sized(SHORT_CHUNK):
+                return _compared(_gradients(subject, texts), truth.gradients(texts), tolerance, why)
+    return Check(False, math.nan, tolerance, NO_TEXT, why)
+
+
+def _gradients(subject: Subject, texts: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Gradients of packed documents by name of the parameter, 0 where it is not used."""
+    parameters = subject.implementation.parameters()
+    loss = subject.implementation.loss(texts, False)
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(parameters, found, strict=True))
+
+
+def _compared(got: Mapping[str, Tensor], want: Mapping[str, Tensor], tolerance: float, why: str) -> Check:
+    """Each gradient against the wanted one, relative to its largest number (or a thousandth of the largest of all)."""
+    largest = max(float(gradient.abs().max()) for gradient in want.values())
     errors = {}
-    for label, a, b in zip(parameters, got, want, strict=True):
+    for label, a in got.items():
+        b = want[label] if label in want else torch.zeros_like(a)
         errors[label] = float((a - b).abs().max()) / max(float(b.abs().max()), 1e-3 * largest, 1e-300)
     bad = [label for label, error in errors.items() if not error <= tolerance]
     # Gradients flow from the loss back: the last parameter that differs is the first to go wrong.

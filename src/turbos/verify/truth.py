@@ -36,8 +36,24 @@ class Truth:
         """The same equations in fp32: how far they lie from the truth is what rounding alone does to a text."""
         return Truth(self.config, self._tensors, torch.float32)
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of all tensors."""
+        return frozenset(self._tensors)
+
+    def gradients(self, texts: Sequence[Tensor]) -> Mapping[str, Tensor]:
+        """Gradients of the summed next-token loss of documents, by name of what has one."""
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in self._tensors.items()}
+        logits_TV = Truth(self.config, leaves).whole(texts)[LOGITS]
+        losses = [
+            -torch.log_softmax(rows[:-1], -1).gather(1, text[1:, None]).sum()
+            for rows, text in zip(logits_TV.split([len(text) for text in texts]), texts, strict=True)
+        ]
+        found = torch.autograd.grad(torch.stack(losses).sum(), list(leaves.values()), allow_unused=True)
+        return {name: gradient for name, gradient in zip(leaves, found, strict=True) if gradient is not None}
+
     def _weight(self, name: str) -> Tensor:
-        return self._tensors[name].detach().to(self.dtype)
+        return self._tensors[name].to(self.dtype)
 
     def weight_of(self, index: int) -> Weights:
         """Weights of a sublayer's mixer, by their names in it."""
@@ -45,7 +61,7 @@ class Truth:
 
     def embedding(self, tokens_T: Tensor) -> Tensor:
         """Rows that the first sublayer reads."""
-        return self._tensors["embed_weight"].detach()[tokens_T].to(self.dtype) * self.config.embedding_multiplier
+        return self._weight("embed_weight")[tokens_T] * self.config.embedding_multiplier
 
     def sublayer(self, index: int, x_TD: Tensor, documents: Documents) -> dict[Place, Tensor]:
         """Every named tensor of a sublayer that reads `x_TD`, the residual stream after it last."""

@@ -37,18 +37,28 @@ def rope_fields(theta: float) -> dict[str, object]:
     return {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
 
 
+def _rope(files: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary positions as transformers reads them: the older `rope_scaling` first, gaps filled from outside."""
+    outside = {name: files[name] for name in ("rope_theta", "partial_rotary_factor") if files.get(name) is not None}
+    return {**outside, **(files.get("rope_scaling") or files.get("rope_parameters") or {})}
+
+
 def rope_theta(files: Mapping[str, Any]) -> float:
-    """Base of the rotary positions (both spellings; 10000 where the file says nothing)."""
-    return float((files.get("rope_parameters") or files).get("rope_theta", 10000.0))
+    """Base of the rotary positions (every spelling; 10000 where the file says nothing).
+
+    >>> rope_theta({"rope_theta": 5e5, "rope_parameters": {"rope_type": "default"}})
+    500000.0
+    """
+    return float(_rope(files).get("rope_theta", 10000.0))
 
 
 def rope_obstacles(files: Mapping[str, Any]) -> Iterator[str]:
     """Scaled or partial rotary positions, which are not computed here."""
-    rope = files.get("rope_parameters") or files.get("rope_scaling") or {}
+    rope = _rope(files)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         yield f"rope_type {kind!r}: only default rotary positions are computed here"
-    partial = rope.get("partial_rotary_factor", files.get("partial_rotary_factor", 1.0))
+    partial = rope.get("partial_rotary_factor", 1.0)
     if partial != 1.0:
         yield f"partial_rotary_factor {partial}: only whole heads are rotated here"
 

@@ -137,6 +137,8 @@ def _not_honoured(files: Mapping[str, Any]) -> Iterator[str]:
         yield f"hidden_act {files['hidden_act']!r}: only silu is computed here"
     if [number(limit) for limit in files.get("time_step_limit") or (0, "inf")] != [0.0, float("inf")]:
         yield f"time_step_limit {files['time_step_limit']}: dt is never clamped here, only [0, inf] can be honoured"
+    if files.get("num_local_experts", 8) and not files.get("shared_intermediate_size", 1024):
+        yield "shared_intermediate_size 0: only experts beside a shared one are computed here"
     if files.get("position_embedding_type") == "rope":
         yield from rope_obstacles(files)
     inner = files.get("mamba_expand", 2) * files["hidden_size"]

@@ -31,7 +31,7 @@ _HONOURED = {
 # Names of older configurations that transformers still reads.
 _OLDER = {
     **{"mamba_n_groups": "n_groups", "mamba_d_conv": "conv_kernel", "mamba_chunk_size": "chunk_size"},
-    **{"mamba_conv_bias": "use_conv_bias", "attention_head_dim": "head_dim", "norm_eps": "layer_norm_epsilon"},
+    **{"mamba_conv_bias": "use_conv_bias", "attention_head_dim": "head_dim"},
 }
 
 
@@ -162,6 +162,8 @@ def from_files(files: Mapping[str, Any]) -> ModelConfig:
 def _not_honoured(files: Mapping[str, Any]) -> Iterator[str]:
     """Options of the file whose value would make us compute something else than the family does."""
     yield from must_be(files, _HONOURED)
+    if "F" in _layers(files) and not files.get("moe_shared_expert_intermediate_size", 7688):
+        yield "moe_shared_expert_intermediate_size 0: only experts beside a shared one are computed here"
     if [number(limit) for limit in files.get("time_step_limit") or (0, "inf")] != [0.0, float("inf")]:
         yield f"time_step_limit {files['time_step_limit']}: dt is never clamped here, only [0, inf] can be honoured"
 
