@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from turbos.bench import collect, twins, twins_chart, twins_data, twins_run
+from turbos.bench import collect, twins, twins_chart, twins_data, twins_plan, twins_run
 from turbos.bench.recall import Symbols, needle_sample, recall_sample
 from turbos.bench.tables import read_result
 from turbos.bench.twins import Results, keep_plan, read_plan, read_results
@@ -125,9 +125,9 @@ def test_twins_have_equal_active_parameters_and_differ_in_mixers_alone() -> None
 
 
 def test_unequal_twins_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("turbos.bench.twins.TWINS", (ATTENTION, dataclasses.replace(MAMBA, ffn_size=320)))
+    monkeypatch.setattr("turbos.bench.twins_plan.TWINS", (ATTENTION, dataclasses.replace(MAMBA, ffn_size=320)))
     with pytest.raises(UserError, match="active parameters differ by more than 2%"):
-        twins.require_equal_sizes()
+        twins_plan.require_equal_sizes()
 
 
 @pytest.mark.parametrize(

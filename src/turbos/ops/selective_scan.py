@@ -13,7 +13,7 @@ Shapes: T tokens, D documents, I channels, N states of a channel, Q tokens of a 
 they are many and lie side by side, so every elementary operation runs over long rows.
 
 >>> x = torch.tensor([[2.0], [0.0]])
->>> half = torch.full((1, 1), -math.log(2.0))
+>>> half = torch.full((1, 1), -0.6931471805599453)
 >>> ones = torch.ones(2, 1)
 >>> selective_scan_chunked(x, ones, half, ones, ones, Documents.from_lengths([2]))[0].flatten().tolist()
 [2.0, 1.0]
@@ -21,7 +21,6 @@ they are many and lie side by side, so every elementary operation runs over long
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,9 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from turbos.common.records import Documents
-
-# 2 ** x is several times faster than e ** x in torch on the CPU, and as exact.
-LOG2_E = math.log2(math.e)
+from turbos.ops.exponential import LOG2_E
 
 
 def selective_scan_recurrent(
