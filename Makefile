@@ -50,7 +50,7 @@ plan-demo:
 	@echo "Run:     the demo, at most 12 minutes on 2 cores; Ctrl-C stops, 'make demo' again resumes"
 
 plan-test:
-	@$(call announce,.ready-test,420 MB)
+	@$(call announce,.ready-test,520 MB)
 	@echo "Run:     lint, type check, tests, at most 10 minutes on 2 cores"
 
 # What an installation does and costs; arguments: stamp, size of the download with a CPU build of torch.

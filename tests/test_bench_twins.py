@@ -56,22 +56,28 @@ SMALL = Plan(
     haystacks=2,
     held_out_tokens=128,
     cost_lengths=(64, 128),
-    text_megabytes=0.02,
+    text_megabytes=0.2,
 )
-SOURCES = {"problems": 1.0}
+Data = tuple[Path, dict[str, float], Tokenizer, list[SourceShards]]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tokenizer, list[SourceShards]]:
-    """A directory with a tokenizer and shards of worked problems: the one source that is fetched from nowhere."""
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """A directory with a tokenizer and shards, its one source, and both opened."""
     directory = tmp_path_factory.mktemp("twins")
-    twins_data.prepare(directory, SMALL, SOURCES)
-    return directory, *twins_data.open_data(directory, SMALL, SOURCES)
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefgh"), 4)) for _ in range(200)]
+    lines = [" ".join(rng.choice(words, 12)) + "\n" * (1 + number % 2) for number in range(3000)]
+    (directory / "words.txt").write_text("".join(lines))
+    sources = {str(directory / "words.txt"): 1.0}
+    twins_data.prepare(directory, SMALL, sources)
+    return directory, sources, *twins_data.open_data(directory, SMALL, sources)
 
 
-def mixture(data: tuple[Path, Tokenizer, list[SourceShards]], seed: int = 0) -> Mixture:
+def mixture(data: Data, seed: int = 0) -> Mixture:
     """The training data of a seed."""
-    return Mixture(SMALL, seed, data[1], data[2], SOURCES)
+    _, sources, tokenizer, shards = data
+    return Mixture(SMALL, seed, tokenizer, shards, sources)
 
 
 # --- what is asked
@@ -147,7 +153,7 @@ def test_a_twin_that_is_not_there_is_refused() -> None:
 # --- what is read
 
 
-def test_a_batch_depends_on_seed_and_step_alone(data: tuple[Path, Tokenizer, list[SourceShards]]) -> None:
+def test_a_batch_depends_on_seed_and_step_alone(data: Data) -> None:
     forwards, other = mixture(data), mixture(data, seed=1)
     batches = [forwards.batch(step) for step in range(6)]
     backwards = mixture(data)
@@ -156,7 +162,7 @@ def test_a_batch_depends_on_seed_and_step_alone(data: tuple[Path, Tokenizer, lis
     assert any(not torch.equal(other.batch(step).tokens_T, batches[step].tokens_T) for step in range(6))
 
 
-def test_a_cycle_deals_text_recall_and_needles(data: tuple[Path, Tokenizer, list[SourceShards]]) -> None:
+def test_a_cycle_deals_text_recall_and_needles(data: Data) -> None:
     whole = mixture(data)
     slots = [whole._slot(number) for number in range(len(CYCLE))]
     for kind, slot in zip(CYCLE, slots, strict=True):
@@ -167,7 +173,7 @@ def test_a_cycle_deals_text_recall_and_needles(data: tuple[Path, Tokenizer, list
     assert len({tuple(text_T.tolist()) for text_T in texts}) == len(texts)
 
 
-def test_recall_grows_over_the_run(data: tuple[Path, Tokenizer, list[SourceShards]]) -> None:
+def test_recall_grows_over_the_run(data: Data) -> None:
     assert [mixture(data).sizes(step) for step in (0, 3, 4, 11)] == [(2,), (2,), (2, 4), (2, 4)]
 
 
@@ -185,8 +191,8 @@ def test_joined_batches_keep_their_documents() -> None:
     assert whole.targets_T.tolist() == [2, 3, IGNORED, IGNORED, 6, IGNORED]
 
 
-def test_haystacks_are_held_out_stretches_of_one_source(data: tuple[Path, Tokenizer, list[SourceShards]]) -> None:
-    _, tokenizer, shards = data
+def test_haystacks_are_held_out_stretches_of_one_source(data: Data) -> None:
+    _, _, tokenizer, shards = data
     haystacks = Haystacks([shards[0].held_out], tokenizer)
     reader = ShardReader(shards[0].held_out, tokenizer)
     everything = reader.tokens(0, reader.info.tokens)
@@ -198,14 +204,12 @@ def test_haystacks_are_held_out_stretches_of_one_source(data: tuple[Path, Tokeni
         haystacks.draw(reader.info.tokens + 1, np.random.default_rng(0))
 
 
-def test_a_tokenizer_that_reaches_into_the_symbols_is_refused(
-    data: tuple[Path, Tokenizer, list[SourceShards]], tmp_path: Path
-) -> None:
-    assert data[1].vocab_size <= VOCABULARY
+def test_a_tokenizer_that_reaches_into_the_symbols_is_refused(data: Data, tmp_path: Path) -> None:
+    assert data[2].vocab_size <= VOCABULARY
     text = " ".join(f"{number:x}{number**3:x}" for number in range(20_000))
     Tokenizer.train([text, text], 2048).save(tmp_path / "tokenizer")
     with pytest.raises(UserError, match="at most 1024 may be"):
-        twins_data.open_data(tmp_path, SMALL, SOURCES)
+        twins_data.open_data(tmp_path, SMALL, data[1])
 
 
 # --- what is measured
@@ -237,17 +241,17 @@ class _Knowing(torch.nn.Module):
         return hidden_TD
 
 
-def test_accuracy_counts_right_answers(data: tuple[Path, Tokenizer, list[SourceShards]]) -> None:
+def test_accuracy_counts_right_answers(data: Data) -> None:
     samples = [recall_sample(5, SYMBOLS, np.random.default_rng(seed)) for seed in range(4)]
     assert accuracy(_Knowing(), samples) == 1.0  # type: ignore[arg-type]
     assert accuracy(_Knowing(wrong_from=15), samples) == 0.75  # type: ignore[arg-type]
-    haystacks = Haystacks([data[2][0].held_out], data[1])
+    haystacks = Haystacks([data[3][0].held_out], data[2])
     needles = [twins_data.needle_of(haystacks, SMALL, 128, np.random.default_rng(seed)) for seed in range(3)]
     assert {len(sample.ids) for sample in needles} == {128}
     assert accuracy(_Knowing(), needles) == 1.0  # type: ignore[arg-type]
 
 
-def test_questions_are_the_same_for_all_and_never_trained_on(data: tuple[Path, Tokenizer, list[SourceShards]]) -> None:
+def test_questions_are_the_same_for_all_and_never_trained_on(data: Data) -> None:
     asked: list[list[tuple[int, ...]]] = []
 
     def note(samples: list[Sample]) -> float:  # type: ignore[type-arg]
@@ -268,18 +272,19 @@ def test_questions_are_the_same_for_all_and_never_trained_on(data: tuple[Path, T
 def test_stretching_the_base_changes_far_positions_and_no_weight() -> None:
     model = LanguageModel(twin_model(ATTENTION)).init_weights(0)
     stretched = stretch(model, 4)
-    assert stretched.config.rope_alpha == 4.0 and stretched.embed_weight is model.embed_weight
+    assert stretched.config.rope_alpha == 4.0
+    assert stretched.embed_weight.data_ptr() == model.embed_weight.data_ptr()
     tokens_T, documents = torch.arange(40), Documents.from_lengths([40])
     with torch.no_grad():
         plain, other = (one(tokens_T, documents).hidden_TD for one in (model, stretched))
     assert torch.equal(plain[0], other[0]) and not torch.allclose(plain[30], other[30])
 
 
-def test_measuring_gives_every_figure(data: tuple[Path, Tokenizer, list[SourceShards]]) -> None:
+def test_measuring_gives_every_figure(data: Data) -> None:
     for twin in (ATTENTION, HYBRID):
         model = LanguageModel(twin_model(twin)).init_weights(0)
-        abilities = measure(model, SMALL, data[1], data[2])
-        assert set(abilities.bits_per_byte) == {"problems"} and 3 < abilities.mean_bits < 30
+        abilities = measure(model, SMALL, data[2], data[3])
+        assert set(abilities.bits_per_byte) == set(data[1]) and 1 < abilities.mean_bits < 30
         assert set(abilities.recall) == {2, 4} and set(abilities.needle) == {1, 2}
         assert set(abilities.stretched) == ({2} if twin is ATTENTION else set())
 
@@ -307,11 +312,9 @@ def test_costs_are_printed_as_json() -> None:
 # --- runs
 
 
-def test_a_run_is_kept_resumed_and_not_repeated(
-    data: tuple[Path, Tokenizer, list[SourceShards]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(twins_run, "open_data", lambda directory, plan: data[1:])
-    monkeypatch.setattr(twins_run, "Mixture", lambda *given: Mixture(*given, SOURCES))
+def test_a_run_is_kept_resumed_and_not_repeated(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(twins_run, "open_data", lambda directory, plan: data[2:])
+    monkeypatch.setattr(twins_run, "Mixture", lambda *given: Mixture(*given, data[1]))
     whole = run_twin(HYBRID, 3, SMALL, tmp_path / "whole")
     assert whole.tokens > 0.8 * SMALL.tokens and whole.seconds > 0 and whole.seed == 3
 
@@ -464,9 +467,7 @@ def test_a_finished_bench_prints_its_table_without_training(
     assert (tmp_path / "twins.png").is_file()
 
 
-def test_a_run_that_fails_is_told_and_the_other_is_ended(
-    data: tuple[Path, Tokenizer, list[SourceShards]], tmp_path: Path
-) -> None:
+def test_a_run_that_fails_is_told_and_the_other_is_ended(data: Data, tmp_path: Path) -> None:
     keep_plan(QUICK, tmp_path)
     with pytest.raises(UserError, match=r"(attention|Mamba)-only, seed 0 ended with code 2: .*tokenizer"):
         twins.train_all(QUICK, (0,), tmp_path)

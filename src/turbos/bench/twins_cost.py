@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -49,7 +48,7 @@ class Cost:
 
 
 def twin_cost(twin: Twin, length: int) -> Cost:
-    """Measure in this process, with torch's threads."""
+    """Measure in this process, with torch's threads; the fastest round counts, which others disturbed least."""
     model = LanguageModel(twin_model(twin)).init_weights(seed=0)
     tokens_T = torch.randint(0, VOCABULARY, (length,), generator=torch.Generator().manual_seed(0))
     our_step(model, tokens_T[:WARM_UP])
@@ -65,7 +64,7 @@ def twin_cost(twin: Twin, length: int) -> Cost:
 
 @torch.inference_mode()
 def decode_seconds(model: LanguageModel, length: int) -> float:
-    """Median seconds of reading one token after `length` others; what those were makes no difference to the work."""
+    """Least seconds of reading one token after `length` others; what those were makes no difference to the work."""
     state = HybridState.alloc(model.config, 1, length + DECODE_STEPS)
     state.lengths_B.fill_(length)
     token_B, document = torch.zeros(1, dtype=torch.int64), Documents.from_lengths([1])
@@ -74,7 +73,7 @@ def decode_seconds(model: LanguageModel, length: int) -> float:
         start = time.perf_counter()
         model.logits(model(token_B, document, state).hidden_TD)
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    return min(seconds)
 
 
 def read_cost(path: Path) -> Cost:

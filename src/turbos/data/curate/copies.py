@@ -105,7 +105,7 @@ def _moved(slots: np.ndarray, owners: np.ndarray, new_slots: np.ndarray, new_own
 
 
 class NearCopies:
-    """The documents kept so far by their bands and signatures; about 500 bytes for each."""
+    """The documents kept so far by their bands and signatures; about 850 bytes for each, room to grow included."""
 
     def __init__(self) -> None:
         self.slots = np.zeros(FIRST_ROWS * BANDS * 2, np.uint64)

@@ -3,7 +3,7 @@
 A run works in a folder beside its output (`.OUT.curating`) and renames it at the end, so an output is whole or not
 there. Every minute, and when reading fails, it saves what the stages remember and how far it got; the same command goes
 on from there and gives the same bytes as one that was never stopped. Documents are taken in batches of about a
-megabyte; what grows with the corpus is what stages remember (about 40 bytes a line of text, 500 a document).
+megabyte; what grows with the corpus is what stages remember (about 0.6 bytes for each byte of text).
 
     curate(["english", "pages.jsonl"], Path("clean"), CurationConfig(rule_set="web"), Aids(labels))
     next(documents("clean"))

@@ -34,7 +34,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: 6px 10px; border-bottom: 1px solid var(--line); text-align: right; vertical-align: middle;
   white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); font-size: 13px; }
-th:first-child, td:first-child { text-align: left; } td.wide { width: 30%; } tr.out td { color: var(--soft); }
+th:first-child, td:first-child { text-align: left; } td.wide { width: 30%; min-width: 110px; } td.why { text-align: left; } tr.out td { color: var(--soft); }
 .bar { display: flex; height: 14px; border-radius: 3px; overflow: hidden; background: var(--panel); }
 .bar i { background: var(--kept); } .bar u { background: var(--gone); min-width: 0; }
 .key i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin: 0 6px 0 14px; }
@@ -106,8 +106,8 @@ def _bar(kept: float, gone: float, whole: float) -> str:
     return f'<div class="bar">{parts}</div>'
 
 
-def _row(cells: Iterable[str], kind: str = "td", css: str = "") -> str:
-    return f"<tr{css}>" + "".join(f"<{kind}>{cell}</{kind}>" for cell in cells) + "</tr>"
+def _row(cells: Iterable[str], kind: str = "td") -> str:
+    return "<tr>" + "".join(f"<{kind}>{cell}</{kind}>" for cell in cells) + "</tr>"
 
 
 def _row_with_bar(cells: Iterable[str], bar: str) -> str:
@@ -118,7 +118,8 @@ def _stages_table(stages: Sequence[StageCounts], whole: int) -> str:
     rows = [_row(("stage", "documents in", "dropped", "edited", "kept of all bytes", "MB/s", ""), "th")]
     for stage in stages:
         if stage.skipped:
-            rows.append(_row((escape(stage.title), escape(stage.skipped), "", "", "", "", ""), css=' class="out"'))
+            why = f'<td colspan="6" class="why">left out: {escape(stage.skipped)}</td>'
+            rows.append(f'<tr class="out"><td>{escape(stage.title)}</td>{why}</tr>')
             continue
         speed = f"{stage.bytes_in / 1e6 / stage.seconds:,.0f}" if stage.seconds > 0.01 else ""
         bar = _bar(stage.bytes_out, stage.bytes_in - stage.bytes_out, whole)
