@@ -34,7 +34,8 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: 6px 10px; border-bottom: 1px solid var(--line); text-align: right; vertical-align: middle;
   white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); font-size: 13px; }
-th:first-child, td:first-child { text-align: left; } td.wide { width: 30%; min-width: 110px; } td.why { text-align: left; } tr.out td { color: var(--soft); }
+th:first-child, td:first-child { text-align: left; } td.wide { width: 30%; min-width: 110px; }
+td.why { text-align: left; } tr.out td { color: var(--soft); }
 .bar { display: flex; height: 14px; border-radius: 3px; overflow: hidden; background: var(--panel); }
 .bar i { background: var(--kept); } .bar u { background: var(--gone); min-width: 0; }
 .key i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin: 0 6px 0 14px; }
