@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import math
 import random
 import re
@@ -374,3 +376,15 @@ def test_training_problems_hold_no_held_out_question() -> None:
     held_out = [text.encode() for text in held_out_questions(seeds=20)]
     assert exam.found_in(scan_texts(training)).mean() < 0.02
     assert exam.found_in(scan_texts(held_out)).mean() > 0.9
+
+
+ROOMS = (
+    *("hashing", "words", "repetition", "rules", "copies", "blocks", "contamination", "extraction"),
+    *("classifier", "spoil", "semantic", "counts"),
+)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_examples_in_docstrings_hold(room: str) -> None:
+    outcome = doctest.testmod(importlib.import_module(f"turbos.data.curate.{room}"))
+    assert outcome.attempted and not outcome.failed
