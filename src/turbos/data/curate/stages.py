@@ -8,6 +8,7 @@ a later copy with it; exact copies go first because they are cheap to see and wo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
@@ -43,21 +44,21 @@ LEAST_LEFT, LEAST_BYTES_LEFT = 0.2, 80
 """A document that block pruning leaves less of goes altogether."""
 
 
-class Stage:
+class Stage(ABC):
     """A stage: `apply` drops and edits; a stage that remembers gives its memory as arrays and takes it back."""
 
     name: ClassVar[str]
     title: ClassVar[str]
 
+    @abstractmethod
     def apply(self, batch: Batch, drop: Drop, show: Show) -> None:
         """Drop documents of a batch (and say why), or edit them in place."""
-        raise NotImplementedError
 
     def arrays(self) -> Arrays:
         """What the stage remembers; nothing for most."""
         return {}
 
-    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:  # noqa: B027 (most remember nothing)
         """Take back what `arrays` gave."""
 
 
