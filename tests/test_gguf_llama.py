@@ -96,7 +96,9 @@ def distance(model: LanguageModel, server: LlamaServer, length: int) -> float:
     return max(abs(float(logprobs_V[token]) - logprob) for token, logprob in theirs.items())
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [("f32", 1e-5), ("f16", 0.02), ("bf16", 0.1), ("q8_0", 0.5)])
+@pytest.mark.parametrize(
+    ("kind", "tolerance"), [("f32", 1e-5), ("f16", 0.02), ("bf16", 0.1), ("q8_0", 0.5), ("q4_0", 5.0)]
+)
 def test_log_probabilities_are_ours_up_to_the_rounding_of_the_kind(kind: str, tolerance: float, tmp_path: Path) -> None:
     model = gguf_model("granite, wide")
     server = served(model, tiny_tokenizer(), tmp_path / "model.gguf", kind)

@@ -83,8 +83,8 @@ FAULTS = {
         quiet=(TRUTH, WHOLE, PACKED),
     ),
     "stale keys and values": Fault(
-        *(mixers.Attention, "_attend", "state.v_BSKE[rows_T, call.positions_T] = v_TKE"),
-        "state.v_BSKE[rows_T, call.positions_T] = state.v_BSKE[rows_T, call.positions_T] if call.step else v_TKE",
+        *(mixers.Attention, "_attend", "state.write(k_TKE, v_TKE, "),
+        "state.write(k_TKE, state.v_BSKE[call.documents.index_T, call.positions_T] if call.step else v_TKE, ",
         *(DECODE, "sublayers.2 (attention, model.layers.1): attention "),
         quiet=(TRUTH, WHOLE, PACKED),
     ),

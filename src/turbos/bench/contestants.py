@@ -104,12 +104,17 @@ class Transformers:
 class Worker:
     """A program in a process of its own; use it in a `with` block, which ends the process."""
 
-    def __init__(self, name: str, program: str, python: Path, path: Path, threads: int, context: int) -> None:
-        """Start it and wait until its weights are loaded; UserError where that fails."""
+    def __init__(
+        self, name: str, program: str, python: Path, path: Path, threads: int, context: int, requests: int = 1
+    ) -> None:
+        """Start it and wait until its weights are loaded; UserError where that fails.
+
+        `context` tokens for each of `requests` that `decode` runs at once.
+        """
         self.name = name
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         self._process = subprocess.Popen(
-            [str(python), "-I", str(WORKER), program, str(path), str(threads), str(context)],
+            [str(python), "-I", str(WORKER), program, str(path), str(threads), str(context), str(requests)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._complaints,

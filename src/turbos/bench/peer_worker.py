@@ -2,12 +2,13 @@
 
 It imports nothing of this project and runs by its path, because vLLM lives in an environment of its own:
 
-    python peer_worker.py llama.cpp model.gguf THREADS CONTEXT
-    python peer_worker.py vllm checkpoint-directory THREADS CONTEXT
+    python peer_worker.py llama.cpp model.gguf THREADS CONTEXT REQUESTS
+    python peer_worker.py vllm checkpoint-directory THREADS CONTEXT 1
 
     -> {"ready": true}
     <- {"work": "prefill", "tokens": [5, 17, ...], "number": 0}     # seconds to read a prompt into a fresh cache
-    <- {"work": "decode", "tokens": [5, 17, ...], "number": 64}     # seconds for 64 greedy tokens after it
+    <- {"work": "decode", "tokens": [5, 17, ...], "number": 64}     # seconds for 64 greedy tokens after it, for each
+                                                                    # of REQUESTS at once (vLLM: one)
     <- {"work": "likeliest", "tokens": [5, 17, ...], "number": 20}  # log-probabilities of 20 next tokens
     -> {"answer": 0.123}
 """
@@ -20,18 +21,21 @@ import sys
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 
 class LlamaCpp:
     """llama-server of the xllamacpp wheel; weights and cache are fp32, everything else as it comes."""
 
-    def __init__(self, path: str, threads: int, context: int) -> None:
+    def __init__(self, path: str, threads: int, context: int, requests: int) -> None:
         import xllamacpp
 
+        self._requests = requests
         params = xllamacpp.CommonParams()
         params.model.path = path
-        params.n_ctx, params.n_parallel, params.warmup, params.verbosity = context, 1, True, 1
+        params.n_ctx, params.n_parallel = context * requests, requests
+        params.warmup, params.verbosity = True, 1
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         # No copies of the state aside: they serve later requests, and would be charged to this one.
@@ -51,8 +55,14 @@ class LlamaCpp:
         return float(self._complete(tokens, 1)["timings"]["prompt_ms"]) / 1000
 
     def decode(self, tokens: Sequence[int], number: int) -> float:
-        """Its clock starts with the first token, which the prompt's pass has given."""
-        return float(self._complete(tokens, number + 1)["timings"]["predicted_ms"]) / 1000
+        """Its clock starts with the first token, which the prompt's pass has given.
+
+        Of several requests the last to start counts: the clocks of the others run while its prompt is read.
+        """
+        prompts = [[*tokens[place:], *tokens[:place]] for place in range(self._requests)]
+        with ThreadPoolExecutor(self._requests) as together:
+            answers = list(together.map(lambda prompt: self._complete(prompt, number + 1), prompts))
+        return min(float(answer["timings"]["predicted_ms"]) for answer in answers) / 1000
 
     def likeliest(self, tokens: Sequence[int], number: int) -> Mapping[int, float]:
         """From the logits as they are, before any sampler."""
@@ -63,7 +73,7 @@ class LlamaCpp:
 class Vllm:
     """vLLM's offline engine, fp32, one request at a time."""
 
-    def __init__(self, path: str, threads: int, context: int) -> None:
+    def __init__(self, path: str, threads: int, context: int, requests: int) -> None:
         import torch
         import vllm
 
@@ -104,11 +114,11 @@ class Vllm:
 PROGRAMS: dict[str, type[LlamaCpp] | type[Vllm]] = {"llama.cpp": LlamaCpp, "vllm": Vllm}
 
 
-def main(program: str, path: str, threads: str, context: str) -> None:
+def main(program: str, path: str, threads: str, context: str, requests: str) -> None:
     """Answer until there is no more to read; what the program prints goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    peer = PROGRAMS[program](path, int(threads), int(context))
+    peer = PROGRAMS[program](path, int(threads), int(context), int(requests))
     works = {"prefill": peer.prefill, "decode": peer.decode, "likeliest": peer.likeliest}
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:

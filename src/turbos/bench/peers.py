@@ -69,9 +69,9 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def bench_model() -> LanguageModel:
-    """Our model of the benchmark's shape, from seed 0."""
-    return LanguageModel(load_recipe(ModelConfig, "model", SHAPE, [])).init_weights(seed=0)
+def bench_model(shape: str = SHAPE) -> LanguageModel:
+    """Our model of a benchmark's shape, from seed 0."""
+    return LanguageModel(load_recipe(ModelConfig, "model", shape, [])).init_weights(seed=0)
 
 
 def save_for_peers(model: LanguageModel, parent: str) -> Path:

@@ -1,10 +1,11 @@
-"""`turbos bench train|prefill|scan|peers|twins`: speed and memory against peers of the same shape, and against twins.
+"""`turbos bench train|prefill|decode|length|scan|peers|twins`: speed and memory against peers and against twins.
 
 The measuring is in `turbos.bench`; here its rows are printed, as a table or as one JSON object, and drawn. What twins
 need besides is in `cli.twins`.
 
     turbos bench train --json
     turbos bench peers --vllm ~/vllm-env --png peers.png
+    turbos bench length --lengths 2048,32768 --budget 4GiB
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from turbos.common.errors import UserError
 if TYPE_CHECKING:
     from turbos.bench.rows import Row
 
-PNG = Path("bench-peers.png")
+WORKS = ("train", "prefill", "decode", "length", "scan", "peers", "twins")
+DRAWN = ("peers", "decode", "length")
 OPTIONS_OF = {
     **{name: ("peers",) for name in ("llama_bench", "vllm")},
-    "png": ("peers", "twins"),
+    "png": (*DRAWN, "twins"),
+    **{name: ("length",) for name in ("lengths", "budget")},
     **{name: ("twins",) for name in ("quick", "seeds", "dir")},
 }
 """Options that say nothing with other work."""
@@ -38,14 +41,20 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("bench", help="measure speed and memory against peers", allow_abbrev=False)
     parser.add_argument(
         "work",
-        choices=("train", "prefill", "scan", "peers", "twins"),
-        help="what to measure (peers: all, against all; twins: attention-only, Mamba-only, hybrid)",
+        choices=WORKS,
+        help="what to measure (decode: token by token, against peers; length: the hybrid against its attention twin, "
+        "by length; peers: all, against all; twins: what attention-only, Mamba-only and hybrid learn)",
     )
     parser.add_argument("--json", action="store_true", help="stdout holds one JSON object and nothing else")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument("--llama-bench", type=Path, metavar="FILE", help="with peers: this program for llama.cpp")
     parser.add_argument("--vllm", type=Path, metavar="DIR", help="with peers: a virtual environment that has vLLM")
-    parser.add_argument("--png", type=Path, metavar="FILE", help=f"with peers or twins: where to draw (peers: {PNG})")
+    drawn = ", ".join(DRAWN)
+    parser.add_argument(
+        "--png", type=Path, metavar="FILE", help=f"with {drawn} or twins: where to draw (default: bench-WORK.png)"
+    )
+    parser.add_argument("--lengths", metavar="N,...", help="with length: tokens before (default: 512 to 131072)")
+    parser.add_argument("--budget", metavar="SIZE", help="with length: also all sessions that such memory holds, 4GiB")
     twins.add_options(parser)
 
 
@@ -77,16 +86,52 @@ def measure(args: argparse.Namespace) -> Sequence[Row]:
 
         return bench_train()
     if args.work == "prefill":
-        from turbos.bench.prefill import bench_prefill
+        from turbos.bench.prefill import ENGINE_LENGTHS, bench_prefill
 
-        return bench_prefill()
+        return bench_prefill(engine_lengths=ENGINE_LENGTHS)
     if args.work == "scan":
         from turbos.bench.scan import bench_scan
 
         return bench_scan()
-    from turbos.bench.chart import draw_rows
-    from turbos.bench.contest import Elsewhere, bench_peers
-
-    rows = bench_peers(Elsewhere(args.llama_bench, args.vllm))
-    print(f"bench peers: drawn in {draw_rows(rows, args.png or PNG)}")
+    png = args.png or Path(f"bench-{args.work}.png")
+    rows, drawn = measure_length(args, png) if args.work == "length" else measure_peers(args, png)
+    print(f"bench {args.work}: drawn in {drawn}")
     return rows
+
+
+def measure_peers(args: argparse.Namespace, png: Path) -> tuple[Sequence[Row], Path]:
+    """The rows of a benchmark against peers, and their picture."""
+    from turbos.bench.chart import draw_rows
+
+    if args.work == "decode":
+        from turbos.bench.decode import Sizes, bench_decode
+
+        rows = bench_decode(Sizes() if args.threads is None else Sizes(threads=(args.threads,)))
+    else:
+        from turbos.bench.contest import Elsewhere, bench_peers
+
+        rows = bench_peers(Elsewhere(args.llama_bench, args.vllm))
+    return rows, draw_rows(rows, png)
+
+
+def measure_length(args: argparse.Namespace, png: Path) -> tuple[Sequence[Row], Path]:
+    """The rows by length, and their picture."""
+    from turbos.bench.length import LENGTHS, Plan, bench_length
+    from turbos.bench.length_budget import parse_bytes
+    from turbos.bench.length_chart import draw_length
+
+    lengths = LENGTHS if args.lengths is None else parse_lengths(args.lengths)
+    rows = bench_length(Plan(lengths, None if args.budget is None else parse_bytes(args.budget)))
+    return rows, draw_length(rows, png)
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """Lengths as given, shortest first; UserError for what is no list of them.
+
+    >>> parse_lengths("32768,2048")
+    (2048, 32768)
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise UserError(f"bench length: --lengths {text!r} is no list of lengths: write it like 2048,32768")
+    return tuple(sorted({int(word) for word in words}))

@@ -15,7 +15,7 @@ from typing import Any
 from turbos.cli.import_ import DTYPES, refuse_existing, rewrite
 from turbos.common.errors import UserError
 
-GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 
 
 def add_parser(subparsers: Any) -> None:

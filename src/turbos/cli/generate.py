@@ -1,8 +1,10 @@
 """`turbos generate CKPT --prompt TEXT`: continue a text, or answer a question with `--chat`, as it is written.
 
-The text goes to stdout token by token; nothing else does. `--think on|off` opens or closes the model's thinking.
+The text goes to stdout token by token; nothing else does. What the engine is and how fast it was goes to stderr, where
+somebody watches. `--think on|off|N` opens, closes or bounds the model's thinking; `--json-schema` and `--regex` make
+the answer follow a grammar (after the thinking, if there is any).
 
-    turbos generate runs/demo/final --chat --think on --prompt "What is the greatest common divisor of 12 and 18?"
+    turbos generate runs/demo/final --chat --think 64 --prompt "What is the greatest common divisor of 12 and 18?"
 """
 
 from __future__ import annotations
@@ -10,17 +12,30 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from turbos.cli.terminal import printable
+from turbos.cli.engine_options import (
+    ThinkOption,
+    add_engine_options,
+    add_sampling_options,
+    engine_config,
+    is_talkative,
+    read_grammar,
+    read_think,
+    sampling_params,
+)
+from turbos.cli.speed import Stopwatch
+from turbos.cli.stages import use_threads
+from turbos.cli.terminal import printable, write
 from turbos.common.errors import UserError
 
 if TYPE_CHECKING:
+    from turbos.engine.sequence import Delta
     from turbos.text.tokenizer import Tokenizer
 
-INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-LONGEST_CHARACTER = 4
-"""Bytes of UTF-8: after so many tokens that make no character, the bytes are not going to."""
+MOST_RUNNING = 64
+"""Answers that are written at once; with `-n` more, the rest waits."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -29,61 +44,100 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory or hub id")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue, or with --chat a question")
     parser.add_argument("--chat", action="store_true", help="render the prompt as a user's turn")
-    parser.add_argument("--think", choices=("auto", "on", "off"), help="with --chat: who decides on thinking")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
-    parser.add_argument("--seed", type=int, default=0, help="noise at temperature > 0")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="at most so many (default 256)")
+    parser.add_argument(
+        "--think",
+        metavar="auto|on|off|N",
+        help="with --chat: who decides on thinking; a number: at most so many tokens",
+    )
+    parser.add_argument("-n", type=int, default=1, metavar="N", help="so many answers, with seeds SEED, SEED + 1, ...")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
+    grammar = parser.add_mutually_exclusive_group()
+    grammar.add_argument("--json-schema", type=Path, metavar="FILE", help="the answer is JSON that this schema allows")
+    grammar.add_argument("--regex", metavar="TEXT", help="the whole answer matches this regular expression")
+    add_sampling_options(parser, max_new_tokens=256)
+    add_engine_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Load the checkpoint and write its continuation to stdout."""
     if args.think and not args.chat:
         raise UserError("--think needs --chat: only an answer has thinking")
-    if not -(2**63) <= args.seed < 2**63:
-        raise UserError(f"--seed must fit into 64 bits, not {args.seed}")
-    if any("\ud800" <= letter <= "\udfff" for letter in args.prompt):
-        raise UserError("--prompt is not valid text in this terminal's encoding")
-    from turbos.model.generate import stream
-    from turbos.model.package import load_package
+    for name, text in (("--prompt", args.prompt), ("--regex", args.regex or "")):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UserError(f"{name} is not valid text in this terminal's encoding")
+    think = read_think(args.think or "auto")
+    grammar = read_grammar(args.json_schema, args.regex)
+    params = sampling_params(args, think.budget, n=args.n, stop=tuple(args.stop), grammar=grammar)
+    config = engine_config(args, max_running=min(args.n, MOST_RUNNING))
+    use_threads(args.threads)
+    from turbos.engine.engine import Engine
 
-    package = load_package(args.checkpoint)
-    tokenizer, stop_ids = package.tokenizer, package.token_ids.eos
-    prompt = chat_prompt(tokenizer, args.prompt, args.think) if args.chat else tokenizer.encode(args.prompt)
-    ids = stream(
-        package.model, prompt, args.max_new_tokens, temperature=args.temperature, seed=args.seed, stop_ids=stop_ids
-    )
-    encoding = sys.stdout.encoding or "utf-8"
-    for text in texts(tokenizer, (token for token in ids if token not in stop_ids)):
-        if sys.stdout.isatty():
-            text = printable(text, keep="\n\t")
-        # A terminal that cannot show a character shows a question mark.
-        sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding))
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    engine = Engine.from_checkpoint(args.checkpoint, config)
+    tokenizer = engine.tokenizer
+    assert tokenizer is not None, "a checkpoint has a tokenizer"
+    prompt = chat_prompt(tokenizer, args.prompt, think) if args.chat else tokenizer.encode(args.prompt)
+    talkative = is_talkative(args)
+    if talkative:
+        print(*engine.describe(), sep="\n", file=sys.stderr)
+    watch = Stopwatch(engine)
+    write_answers(measured(engine.stream(prompt, params), watch), args.n)
+    if talkative:
+        print(watch.speed(), file=sys.stderr)
     return 0
 
 
-def chat_prompt(tokenizer: Tokenizer, question: str, think: str | None) -> list[int]:
+def chat_prompt(tokenizer: Tokenizer, question: str, think: ThinkOption) -> list[int]:
     """Tokens of a user's question, in the layout that the checkpoint speaks."""
     from turbos.text.chat import Message, prompt_ids
     from turbos.text.foreign import foreign_prompt_ids
 
     turns = [Message("user", question)]
     if tokenizer.speaks_chat:
-        return prompt_ids(tokenizer, turns, think or "auto")
-    if think in ("on", "off"):
+        return prompt_ids(tokenizer, turns, think.mode)
+    if think.mode.mode != "auto":
         raise UserError(f"--think {think}: this checkpoint's chats have no thinking to open or close")
     return foreign_prompt_ids(tokenizer, turns)
 
 
-def texts(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Pieces of text as soon as they are whole characters (a character may take several tokens)."""
-    pending: list[int] = []
-    for token in ids:
-        pending.append(token)
-        text = tokenizer.decode(pending)
-        if not text.endswith(INCOMPLETE) or len(pending) >= LONGEST_CHARACTER:
-            yield text
-            pending = []
-    if pending:
-        yield tokenizer.decode(pending)
+def measured(deltas: Iterable[Delta], watch: Stopwatch) -> Iterator[Delta]:
+    """The deltas, each a lap of the watch."""
+    for delta in deltas:
+        watch.lap()
+        yield delta
+
+
+def write_answers(deltas: Iterable[Delta], count: int) -> None:
+    """Write answers one after the other to stdout: the first unfinished one as it comes, the others when it is over.
+
+    UserError for an answer that could not be finished (a grammar that led nowhere).
+    """
+    held: dict[int, list[Delta]] = {place: [] for place in range(count)}
+    failure, current = "", 0
+    try:
+        _head(current, count)
+        for delta in deltas:
+            held[delta.index].append(delta)
+            while current < count and held[current]:
+                written, held[current] = held[current], []
+                _write_text("".join(one.text for one in written))
+                if written[-1].finish is None:
+                    break
+                failure = failure or written[-1].reason
+                current += 1
+                write(sys.stdout, "\n")
+                _head(current, count)
+    except KeyboardInterrupt:
+        write(sys.stdout, "\n")
+        raise
+    if failure:
+        raise UserError(f"an answer could not be finished: {failure}")
+
+
+def _head(place: int, count: int) -> None:
+    """Which of several answers begins."""
+    if count > 1 and place < count:
+        write(sys.stdout, f"--- answer {place + 1} of {count} ---\n")
+
+
+def _write_text(text: str) -> None:
+    write(sys.stdout, printable(text, keep="\n\t") if sys.stdout.isatty() else text)

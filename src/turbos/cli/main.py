@@ -57,6 +57,7 @@ VERBS = (
     Verb("rl", "turbos.cli.stages", "improve a model by checked answers (GRPO)", takes_overrides=True, resumes=True),
     Verb("data", "turbos.cli.data", "fetch and show texts to train on", resumes=True),
     Verb("generate", "turbos.cli.generate", "continue a text or answer a question"),
+    Verb("chat", "turbos.cli.chat", "talk with a model in the terminal"),
     Verb("plot", "turbos.cli.plot", "draw the curves of a run"),
     Verb("describe", "turbos.cli.describe", "count a model's parameters, work and memory", takes_overrides=True),
     Verb("verify", "turbos.cli.verify", "prove that a checkpoint gives the same numbers however it is run"),

@@ -95,15 +95,29 @@ class Problem:
     metadata: str = "{}"
 
 
+Finish = Literal["stop", "length", "cancelled", "error"]
+"""Why an answer ended; an error's reason stands beside it."""
+
+
 @dataclass(frozen=True)
 class Completion:
-    """What a model wrote after a prompt: token ids, the log-probability of each when sampled, and why it ended."""
+    """What a model wrote after a prompt: token ids, the log-probability of each when sampled, and why it ended.
+
+    `text` is None where no tokenizer decoded the ids. `top_logprobs` has the likeliest tokens of each place, where asked
+    for. `routes` `[T, L, K]` are the experts of every token that was read (prompt and ids, less the last), where asked
+    for. `cached_tokens` of the prompt came from a state that was kept.
+    """
 
     prompt_ids: tuple[int, ...]
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    finish: Literal["stop", "length"]
+    finish: Finish
     weights_version: int = 0
+    text: str | None = None
+    reason: str = ""
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    routes: Tensor | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -32,16 +32,23 @@ try:
 except ImportError as error:
     raise UserError("gguf: the package is missing; install it with pip install 'turbos[export]'") from error
 
-Kind = Literal["f32", "f16", "bf16", "q8_0"]
+Kind = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """Numbers that matrices may be stored in; norms, scan parameters and routers are always fp32."""
 
-NUMBERS = {"f32": Numbers.F32, "f16": Numbers.F16, "bf16": Numbers.BF16, "q8_0": Numbers.Q8_0}
+NUMBERS = {
+    "f32": Numbers.F32,
+    "f16": Numbers.F16,
+    "bf16": Numbers.BF16,
+    "q8_0": Numbers.Q8_0,
+    "q4_0": Numbers.Q4_0,
+}
 FILE_TYPES = {
     "f32": gguf.LlamaFileType.ALL_F32,
     "f16": gguf.LlamaFileType.MOSTLY_F16,
     "bf16": gguf.LlamaFileType.MOSTLY_BF16,
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
 GRANITE, NEMOTRON = "granitemoehybrid", "nemotron_h"
 ROUNDING, MOST_BLOCKS = 8, 512
@@ -54,8 +61,8 @@ def write_gguf(
 ) -> None:
     """Write one file, whole or not at all; UserError for what llama.cpp cannot run.
 
-    `kind` is one of `KINDS`; a matrix whose rows are no multiple of 32 is stored as f16 in a q8_0 file. `token_ids`
-    None takes the ids that the tokenizer's files name.
+    `kind` is one of `KINDS`; a matrix whose rows are no multiple of 32 is stored as f16 in a q8_0 or q4_0 file.
+    `token_ids` None takes the ids that the tokenizer's files name.
     """
     if kind not in KINDS:
         raise UserError(f"gguf: kind {kind!r} is none of {', '.join(KINDS)}")

@@ -1,6 +1,6 @@
 """The language model: embedding, pre-norm residual sublayers, final norm, head. One module for every use.
 
-Training passes packed documents; prefill and decode also pass a `HybridState`: document b continues its sequence b.
+Training passes packed documents; prefill and decode also pass a state (`HybridState`, or the engine's pool): document b continues its sequence b.
 It is not a loss or a loop: those live in `ops.loss`, `train` and `generate`.
 
 >>> config = ModelConfig(vocab_size=64, hidden_size=16, layers="MFAF", mamba_heads=2, mamba_head_dim=8)
@@ -23,7 +23,7 @@ from turbos.common.records import Documents
 from turbos.model.config import ModelConfig
 from turbos.model.mixers import Experts, Pass, build_mixer
 from turbos.model.parameters import init_parameters
-from turbos.model.state import HybridState
+from turbos.model.state import RunningState
 from turbos.ops.linear import linear
 from turbos.ops.norm import rms_norm
 
@@ -33,6 +33,7 @@ class Output:
     """Hidden states after the final norm, and what the routers report (L mixture-of-experts sublayers).
 
     `load_LE` counts the routers' own choices, `recycled_share` tells which part of them a capacity sent elsewhere.
+    `routes` has what each router chose, `[T, K]`, one tensor for each mixture of experts.
     """
 
     hidden_TD: Tensor
@@ -40,6 +41,7 @@ class Output:
     z_loss: Tensor
     load_LE: Tensor
     recycled_share: Tensor
+    routes: tuple[Tensor, ...] = ()
 
 
 class Sublayer(nn.Module):
@@ -88,7 +90,7 @@ class LanguageModel(nn.Module):
         self,
         tokens_T: Tensor,
         documents: Documents,
-        state: HybridState | None = None,
+        state: RunningState | None = None,
         recycling_seed: int | None = None,
     ) -> Output:
         """Read packed tokens; with a state, continue its sequences and advance it in place.
@@ -109,7 +111,7 @@ class LanguageModel(nn.Module):
         hidden_TD = rms_norm(x_TD, self.norm_weight, self.config.norm_eps)
         return _output(hidden_TD, call)
 
-    def _begin(self, documents: Documents, state: HybridState | None, recycling_seed: int | None) -> Pass:
+    def _begin(self, documents: Documents, state: RunningState | None, recycling_seed: int | None) -> Pass:
         if state is None:
             generator = None if recycling_seed is None else torch.Generator().manual_seed(recycling_seed)
             return Pass(documents, documents.positions_T, False, (), recycling=generator)
@@ -144,4 +146,5 @@ def _output(hidden_TD: Tensor, call: Pass) -> Output:
     z_loss = torch.stack([report.z_loss for report in call.routers]).sum()
     load_LE = torch.stack([report.load_E for report in call.routers]).float()
     recycled = torch.stack([report.recycled for report in call.routers]).sum()
-    return Output(hidden_TD, balance, z_loss, load_LE, recycled / load_LE.sum())
+    routes = tuple(report.experts_TK for report in call.routers)
+    return Output(hidden_TD, balance, z_loss, load_LE, recycled / load_LE.sum(), routes)

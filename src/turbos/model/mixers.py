@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from turbos.common.records import Documents
 from turbos.model.config import ModelConfig
-from turbos.model.state import KVCache, MambaState, SelectiveState
+from turbos.model.state import KeyValues, MambaState, SelectiveState
 from turbos.ops import attention as attention_ops
 from turbos.ops import moe, recycle
 from turbos.ops.conv import causal_conv, conv_step
@@ -44,12 +44,13 @@ class Pass:
 
 @dataclass(frozen=True)
 class RouterReport:
-    """What one router did: load `[E]` (token counts) and its losses, coefficients included.
+    """What one router did: load `[E]` (token counts), the experts it chose, its losses, coefficients included.
 
-    `recycled` counts the choices that a capacity sent elsewhere; the load is of the choices before that.
+    `recycled` counts the choices that a capacity sent elsewhere; load and experts are of the choices before that.
     """
 
     load_E: Tensor
+    experts_TK: Tensor
     balance_loss: Tensor
     z_loss: Tensor
     recycled: Tensor
@@ -200,7 +201,7 @@ class Attention(nn.Module):
             self.q_norm_weight = nn.Parameter(torch.empty(config.head_dim))
             self.k_norm_weight = nn.Parameter(torch.empty(config.head_dim))
 
-    def forward(self, x_TD: Tensor, call: Pass, state: KVCache | None) -> Tensor:
+    def forward(self, x_TD: Tensor, call: Pass, state: KeyValues | None) -> Tensor:
         """`[T, D] -> [T, D]`; keys and values are written into a given state."""
         config = self.config
         q_THE = self.q_proj(x_TD).unflatten(-1, (config.num_heads, config.head_dim))
@@ -214,19 +215,17 @@ class Attention(nn.Module):
             k_TKE = attention_ops.rotate(k_TKE, call.positions_T, config.rope_theta, config.rope_alpha)
         return self.o_proj(self._attend(q_THE, k_TKE, v_TKE, call, state).flatten(1))
 
-    def _attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, call: Pass, state: KVCache | None) -> Tensor:
+    def _attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, call: Pass, state: KeyValues | None) -> Tensor:
         scale = self.config.attention_scale
         if state is None:
             return attention_ops.attention_packed(q_THE, k_TKE, v_TKE, call.documents, scale)
-        rows_T = call.documents.index_T
-        state.k_BSKE[rows_T, call.positions_T] = k_TKE
-        state.v_BSKE[rows_T, call.positions_T] = v_TKE
+        state.write(k_TKE, v_TKE, call.documents.index_T, call.positions_T)
+        lengths = [old + new for old, new in zip(call.earlier, call.documents.lengths, strict=True)]
+        k_BSKE, v_BSKE = state.first(lengths)
         if call.step:
             lengths_B = call.positions_T + 1
-            longest = max(call.earlier) + 1
-            return attention_ops.attention_decode(q_THE, state.k_BSKE, state.v_BSKE, lengths_B, longest, scale)
-        lengths = [old + new for old, new in zip(call.earlier, call.documents.lengths, strict=True)]
-        return attention_ops.attention_cached(q_THE, state.k_BSKE, state.v_BSKE, lengths, call.documents, scale)
+            return attention_ops.attention_decode(q_THE, k_BSKE, v_BSKE, lengths_B, max(lengths), scale)
+        return attention_ops.attention_cached(q_THE, k_BSKE, v_BSKE, lengths, call.documents, scale)
 
 
 class DenseFFN(nn.Module):
@@ -265,7 +264,7 @@ class Experts(nn.Module):
         routing = self._route(logits_TE)
         load_E = moe.expert_load(routing.experts_TK, self.config.num_experts)
         # The router answers for what it chose itself: recycling must not hide that it overloads an expert.
-        report = self._report(logits_TE, load_E)
+        report = self._report(logits_TE, routing.experts_TK, load_E)
         if self.config.capacity_factor is not None and call.recycling is not None:
             experts_TK = self._recycle(routing.experts_TK, self.config.capacity_factor, call.recycling)
             report = replace(report, recycled=(experts_TK != routing.experts_TK).sum())
@@ -299,13 +298,13 @@ class Experts(nn.Module):
             return moe.softmax_gates(logits_TE, experts_TK)
         return moe.sigmoid_gates(logits_TE, experts_TK, normalise=config.router_normalise, scale=config.router_scale)
 
-    def _report(self, logits_TE: Tensor, load_E: Tensor) -> RouterReport:
+    def _report(self, logits_TE: Tensor, experts_TK: Tensor, load_E: Tensor) -> RouterReport:
         zero = logits_TE.new_zeros(())
         if not torch.is_grad_enabled():
-            return RouterReport(load_E, zero, zero, zero)
+            return RouterReport(load_E, experts_TK, zero, zero, zero)
         aux, z = self.config.aux_loss, self.config.z_loss
         balance = aux * moe.balance_loss(logits_TE, load_E) if aux else zero
-        return RouterReport(load_E, balance, z * moe.router_z_loss(logits_TE) if z else zero, zero)
+        return RouterReport(load_E, experts_TK, balance, z * moe.router_z_loss(logits_TE) if z else zero, zero)
 
     @torch.no_grad()
     def update_selection_bias(self, load_E: Tensor) -> None:

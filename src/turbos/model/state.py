@@ -2,12 +2,16 @@
 
 One object holds `B` sequences. Keys and values are allocated once for `max_len` tokens and written in place; the scan
 state is fp32 (or float64 in tests) and of constant size. A view made by `rows` shares memory with its parent.
+
+`RunningState` and `KeyValues` are what the model asks of a state: `HybridState` is the plain one, with contiguous rows;
+the engine's pool, with pages, is the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,12 +20,32 @@ from turbos.common.errors import UserError
 from turbos.model.config import ModelConfig
 
 
+class KeyValues(Protocol):
+    """Keys and values of one attention sublayer, wherever they lie."""
+
+    def write(self, k_TKE: Tensor, v_TKE: Tensor, rows_T: Tensor, positions_T: Tensor) -> None:
+        """Store each token's key and value under its sequence (`rows_T`) and position."""
+
+    def first(self, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, max(lengths), K, E]`; those beyond a sequence's length are finite, no more is said."""
+
+
 @dataclass(frozen=True)
 class KVCache:
     """Keys and values `[B, S, K, E]` of one attention sublayer."""
 
     k_BSKE: Tensor
     v_BSKE: Tensor
+
+    def write(self, k_TKE: Tensor, v_TKE: Tensor, rows_T: Tensor, positions_T: Tensor) -> None:
+        """Store each token's key and value under its sequence and position."""
+        self.k_BSKE[rows_T, positions_T] = k_TKE
+        self.v_BSKE[rows_T, positions_T] = v_TKE
+
+    def first(self, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Views of the first `max(lengths)` keys and values of every sequence."""
+        longest = max(lengths)
+        return self.k_BSKE[:, :longest], self.v_BSKE[:, :longest]
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -56,6 +80,29 @@ class SelectiveState:
 
 
 LayerState = KVCache | MambaState | SelectiveState | None
+
+
+class RunningState(Protocol):
+    """What `LanguageModel.forward` asks of the state of `B` sequences; document b of a call continues sequence b."""
+
+    @property
+    def layers(self) -> Sequence[KeyValues | MambaState | SelectiveState | None]:
+        """State of each sublayer; advanced in place."""
+
+    @property
+    def lengths_B(self) -> Tensor:
+        """Tokens read of each sequence, int64; the model adds what it reads."""
+
+    @property
+    def batch(self) -> int:
+        """How many sequences it holds."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens read of each sequence, as plain integers."""
+
+    def check_room(self, new_lengths: Sequence[int]) -> None:
+        """An error if some sequence cannot grow by so many tokens."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,45 @@
+"""How an engine is set up: memory, width, precision, borders of reading. Frozen; an impossible value is refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from turbos.common.errors import UserError
+
+Precision = Literal["auto", "fp32", "bf16", "int8"]
+Path = Literal["auto", "fused", "torch"]
+
+SEGMENT = 512
+"""Prompt tokens read in one call. A longer segment reads a little faster, and lets running answers wait longer."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Options of an engine.
+
+    `memory` bounds states and keys in bytes (None: 70 % of what is free); `context` is the length that the plan counts
+    sessions at, and the longest that a sequence may grow, prompt and answer together. `max_running` bounds how many
+    answers are written at once. `precision` is that of the weights: `auto` is int8 on the CPU where the fused step runs,
+    else the model's own. `path` `auto` takes the fused step where it can run. Prompts are read in calls that end at
+    multiples of `segment`; a state is kept every `snapshot_every` tokens, at the end of a prompt and of an answer.
+    """
+
+    memory: int | None = None
+    context: int = 8192
+    max_running: int = 64
+    precision: Precision = "auto"
+    path: Path = "auto"
+    segment: int = SEGMENT
+    snapshot_every: int = 2048
+    threads: int | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("context", "max_running", "segment", "snapshot_every", "threads", "memory"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"engine: {name} must be at least 1, not {value}")
+        for name, words in (("precision", ("auto", "fp32", "bf16", "int8")), ("path", ("auto", "fused", "torch"))):
+            if getattr(self, name) not in words:
+                raise UserError(f"engine: {name} {getattr(self, name)!r} is none of {', '.join(words)}")

@@ -1,0 +1,344 @@
+"""The engine: many answers written at once over one pool of states, each as if it were alone.
+
+`generate` runs requests to their end; `stream` gives one as it is written; `submit`, `cancel` and `step` are what both
+are made of, for callers with a loop of their own (`engine.stream.AsyncEngine`, for asyncio). It is not a server: it
+knows token ids, and text only where a tokenizer is given.
+
+    engine = Engine.from_checkpoint("runs/demo/final")
+    print(*engine.describe(), sep="\\n")
+    (answer,) = engine.generate([prompt_ids], SamplingParams(max_new_tokens=64))
+    answer.text, answer.logprobs
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Sequence as Many
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from turbos.common.errors import UserError
+from turbos.common.records import Completion, Finish
+from turbos.engine.cache import StateCache
+from turbos.engine.config import EngineConfig
+from turbos.engine.memory import MemoryPlan, plan
+from turbos.engine.metrics import Counters, EngineMetrics
+from turbos.engine.pool import PAGE, StatePool
+from turbos.engine.precision import Weights
+from turbos.engine.runner import Runner
+from turbos.engine.sampler import Choice, NoChoice, Sampler
+from turbos.engine.sampling_params import SamplingParams
+from turbos.engine.scheduler import Scheduler
+from turbos.engine.sequence import Delta, Sequence
+from turbos.engine.writer import Writer
+from turbos.model.lm import LanguageModel
+from turbos.text.tokenizer import Tokenizer
+
+
+class Engine:
+    """Continuous batching of one model. It takes the model over: weights may be rounded, `load_weights` replaces them.
+
+    `submit`, `cancel` and `metrics` may be called from any thread at any time; what runs the model takes turns.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer | None = None,
+        config: EngineConfig = EngineConfig(),
+        eos_ids: Collection[int] = (),
+    ) -> None:
+        """`eos_ids` end an answer unless a request names others. UserError where memory or options do not fit."""
+        self.config, self.tokenizer, self.eos_ids = config, tokenizer, frozenset(eos_ids)
+        self.weights = Weights.prepare(model, config)
+        self.weights_version = 0
+        shape, weight = model.config, model.embed_weight
+        self.plan: MemoryPlan = plan(shape, self.weights.nbytes, config.memory, config.context, config.max_running)
+        self.pool = StatePool(shape, self.plan.slots, self.plan.pages, weight.device, weight.dtype)
+        self.cache = StateCache(self.pool, self.plan.cache_bytes)
+        self.scheduler = Scheduler(self.pool, self.cache, config.segment, config.snapshot_every)
+        self._sampler = Sampler(shape.vocab_size, tokenizer)
+        self._runner = Runner(model, self.pool, self.weights.fused_step(self.pool))
+        self._lock = threading.RLock()
+        self._inbox: deque[Sequence] = deque()
+        self._numbers = itertools.count()
+        self._counters = Counters()
+
+    @classmethod
+    def from_checkpoint(cls, name: str | Path, config: EngineConfig = EngineConfig()) -> Engine:
+        """An engine for a checkpoint directory or hub id, with its tokenizer and its end tokens."""
+        from turbos.model.package import load_package
+
+        package = load_package(name)
+        return cls(package.model, package.tokenizer, config, package.token_ids.eos)
+
+    def describe(self) -> list[str]:
+        """Which paths run and why, what a session costs and how many fit: a program's first lines."""
+        return [f"engine: {self.weights.description}", f"memory: {self.plan.describe()}"]
+
+    @property
+    def model(self) -> LanguageModel:
+        """The torch model, with the numbers that the packed weights stand for."""
+        return self.weights.model
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens that prompt and answer together may have; None where their number costs no memory."""
+        return self.plan.pages * PAGE if self.pool.pages_matter else None
+
+    def metrics(self) -> EngineMetrics:
+        """Counters since the engine began, and what it holds at present."""
+        return self._counters.metrics(self.scheduler, self.weights_version)
+
+    # Requests
+
+    def submit(
+        self,
+        prompt: Many[int],
+        params: SamplingParams = SamplingParams(),
+        *,
+        marks: Collection[int] = (),
+        sink: Callable[[Delta], None] | None = None,
+    ) -> list[Sequence]:
+        """Put a request in line: `params.n` answers, whose deltas go to `sink` from the thread that drives the engine.
+
+        After `marks` tokens of the prompt (ends of messages, say) its state is kept. UserError for what cannot be.
+        """
+        prompt_ids = tuple(prompt)
+        self._check(prompt_ids, params, marks)
+        writers = [self._sampler.writer(params, prompt_ids, place, self.eos_ids) for place in range(params.n)]
+        answers = [
+            Sequence(next(self._numbers), prompt_ids, writer, params, frozenset(marks), sink or _nowhere)
+            for writer in writers
+        ]
+        self._inbox.extend(answers)
+        return answers
+
+    def cancel(self, answer: Sequence) -> None:
+        """End an answer: its memory is free before the next step, at once where none is running."""
+        answer.cancelled = True
+        if self._lock.acquire(blocking=False):
+            try:
+                self._receive()
+            finally:
+                self._lock.release()
+
+    def cancel_all(self) -> None:
+        """End every answer that has not ended."""
+        for answer in [*self._inbox, *self.scheduler.sequences()]:
+            self.cancel(answer)
+
+    def generate(
+        self, prompts: Many[Many[int]], params: SamplingParams | Many[SamplingParams] = SamplingParams()
+    ) -> list[Completion]:
+        """Answers to all prompts, in their order, the `n` answers to one side by side."""
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise UserError(f"engine: {len(each)} sampling parameters for {len(prompts)} prompts")
+        answers: list[Sequence] = []
+        try:
+            for prompt, its in zip(prompts, each, strict=True):
+                answers += self.submit(prompt, its)
+            while not all(answer.finish for answer in answers):
+                self.step()
+        finally:
+            # After Ctrl-C, or a prompt that was refused, nothing goes on unseen.
+            for answer in answers:
+                if not answer.finish:
+                    self.cancel(answer)
+        return [answer.completion() for answer in answers]
+
+    def stream(
+        self, prompt: Many[int], params: SamplingParams = SamplingParams(), *, marks: Collection[int] = ()
+    ) -> Iterator[Delta]:
+        """The deltas of a request as they come; leaving the loop early cancels it."""
+        deltas: deque[Delta] = deque()
+        answers = self.submit(prompt, params, marks=marks, sink=deltas.append)
+        try:
+            while deltas or not all(answer.finish for answer in answers):
+                while deltas:
+                    yield deltas.popleft()
+                if not all(answer.finish for answer in answers):
+                    self.step()
+        finally:
+            for answer in answers:
+                if not answer.finish:
+                    self.cancel(answer)
+
+    # Weights
+
+    def load_weights(self, named: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take new weights: all tensors of the model by name, in any float dtype.
+
+        Answers that have begun are finished first, so that each is of one version; kept states are dropped.
+        UserError, and nothing changed, where a tensor is missing, unknown or of another shape.
+        """
+        new = dict(named)
+        own = {**dict(self.weights.model.named_parameters()), **dict(self.weights.model.named_buffers())}
+        for problem in _misfits(own, new):
+            raise UserError(f"engine: weights version {version}: {problem}")
+        with self._lock, torch.no_grad():
+            while self.scheduler.begun:
+                self._advance(only_begun=True)
+            for name, tensor in own.items():
+                tensor.copy_(new[name])
+            self.weights.pack()
+            self._runner = Runner(self.weights.model, self.pool, self.weights.fused_step(self.pool))
+            self.cache.set_version(version)
+            self.scheduler.release_prompts()
+            self.weights_version = version
+
+    # Steps
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is something to do."""
+        return bool(self._inbox) or self.scheduler.busy
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Read up to a segment of prompts and write a token of each running answer; whether there is more to do."""
+        with self._lock:
+            self._receive()
+            self._advance(only_begun=False)
+            return self.busy
+
+    def _receive(self) -> None:
+        """Take new requests in, let cancelled ones go."""
+        while self._inbox:
+            self.scheduler.add(self._inbox.popleft())
+        for sequence in self.scheduler.sequences():
+            if sequence.cancelled:
+                self._end(sequence, "cancelled", Delta(sequence.writer.place, (), (), finish="cancelled"))
+
+    @torch.inference_mode()
+    def _advance(self, only_begun: bool) -> None:
+        self._counters.steps += 1
+        tokens = 0
+        while tokens < self.config.segment:
+            sequence = self.scheduler.admit(only_begun)
+            if sequence is None:
+                break
+            tokens += self._read(sequence)
+        self._write()
+
+    def _read(self, sequence: Sequence) -> int:
+        """One piece of a prompt; returns how many tokens it had, at least 1."""
+        if sequence.hidden_D is not None:
+            self._begin(sequence, sequence.hidden_D)
+            return 1
+        border = self.scheduler.next_border(sequence)
+        row = sequence.row
+        if border is None or row is None:
+            return 1
+        ids = sequence.ids(row.length, border)
+        hidden_D, routes = self._runner.read(row, ids, sequence.params.routes)
+        self._counters.read_tokens += len(ids)
+        if routes is not None:
+            sequence.routes.append(routes)
+        if border == sequence.prompt_length:
+            if sequence.params.cache:
+                self.cache.keep(sequence.prompt_ids, row, hidden_D)
+            self._begin(sequence, hidden_D)
+        elif self.scheduler.is_kept_at(sequence, border):
+            self.cache.keep(sequence.ids(0, border), row, hidden_D)
+        return len(ids)
+
+    def _begin(self, sequence: Sequence, hidden_D: Tensor) -> None:
+        """The prompt is read: write the first token, unless this is an answer that had stepped back."""
+        group = sequence.group
+        self._counters.cached_tokens += sequence.cached_tokens
+        if sequence.params.routes:
+            # Members of a group share what its reader saw.
+            group.routes, sequence.routes = group.routes or tuple(sequence.routes), []
+        self.scheduler.prompt_was_read(sequence, hidden_D)
+        if not sequence.writer.ids:
+            if group.logits_V is None:
+                group.logits_V = self._runner.logits(hidden_D)[0]
+            self._sample([sequence], group.logits_V[None])
+        self.scheduler.forget_if_done(sequence)
+
+    def _write(self) -> None:
+        """One token for each that writes; those that had stepped back read again what they had written."""
+        batch = self.scheduler.batch()
+        if not batch:
+            return
+        rows = [sequence.row for sequence in batch if sequence.row is not None]
+        ids = [sequence.ids(row.length, row.length + 1)[0] for sequence, row in zip(batch, rows, strict=True)]
+        step = self._runner.step(rows, ids, any(sequence.params.routes for sequence in batch))
+        for place, (sequence, row) in enumerate(zip(batch, rows, strict=True)):
+            if sequence.params.routes and step.routes_BLK is not None:
+                sequence.routes.append(step.routes_BLK[place, None])
+            if self.scheduler.is_kept_at(sequence, row.length):
+                self.cache.keep(sequence.ids(0, row.length), row)
+        fresh = [place for place, row in enumerate(rows) if row.length == batch[place].total]
+        self._counters.replayed_tokens += len(batch) - len(fresh)
+        if fresh:
+            logits_BV = step.logits_BV if len(fresh) == len(batch) else step.logits_BV[fresh]
+            self._sample([batch[place] for place in fresh], logits_BV)
+
+    def _sample(self, sequences: list[Sequence], logits_BV: Tensor) -> None:
+        """A token for each, from its logits."""
+        choices = self._sampler.sample(logits_BV, [sequence.writer for sequence in sequences])
+        for sequence, choice in zip(sequences, choices, strict=True):
+            delta = _written(sequence.writer, choice)
+            self._counters.written_tokens += len(delta.ids)
+            if delta.finish is None:
+                sequence.sink(delta)
+            else:
+                self._end(sequence, delta.finish, delta)
+
+    def _end(self, sequence: Sequence, finish: Finish, delta: Delta) -> None:
+        """An answer is over: its state is kept for what may follow it, its row is free."""
+        row = sequence.row
+        if finish in ("stop", "length") and sequence.params.cache and row is not None:
+            self.cache.keep(sequence.ids(0, row.length), row)
+        self.scheduler.end(sequence)
+        sequence.finish, sequence.reason, sequence.weights_version = finish, delta.reason, self.weights_version
+        sequence.sink(delta)
+
+    def _check(self, prompt_ids: tuple[int, ...], params: SamplingParams, marks: Collection[int]) -> None:
+        vocabulary = self.weights.model.config.vocab_size
+        if not prompt_ids:
+            raise UserError("engine: a prompt has no tokens; give at least one")
+        if min(prompt_ids) < 0 or max(prompt_ids) >= vocabulary:
+            raise UserError(f"engine: a prompt id lies outside vocab_size {vocabulary}: is this the model's tokenizer?")
+        if any(not 0 < mark <= len(prompt_ids) for mark in marks):
+            raise UserError(f"engine: marks must lie between 1 and the prompt's {len(prompt_ids)} tokens")
+        total = len(prompt_ids) + params.max_new_tokens
+        if self.longest is not None and total > self.longest:
+            raise UserError(
+                f"engine: {len(prompt_ids)} prompt tokens and max_new_tokens {params.max_new_tokens} are more than the "
+                f"{self.longest} that fit into memory: shorten either, or give the engine more memory"
+            )
+
+
+def _written(writer: Writer, choice: Choice | NoChoice) -> Delta:
+    """What a choice adds to an answer; where there was none, the answer ends as an error."""
+    if isinstance(choice, NoChoice):
+        written = writer.fail(choice.reason)
+        return Delta(writer.place, (), (), written.text, written.finish, writer.reason)
+    written = writer.accept(choice.token, choice.logprob, choice.top)
+    return Delta(writer.place, (choice.token,), (choice.logprob,), written.text, written.finish, writer.reason)
+
+
+def _nowhere(delta: Delta) -> None:
+    """The sink of those who look at the whole answer only."""
+
+
+def _misfits(own: dict[str, Tensor], new: dict[str, Tensor]) -> Iterator[str]:
+    for name in new:
+        if name not in own:
+            yield f"tensor {name} is not one of this model's"
+    for name, tensor in own.items():
+        if name not in new:
+            yield f"tensor {name} is missing"
+        elif new[name].shape != tensor.shape:
+            yield f"tensor {name} has shape {list(new[name].shape)}, the model wants {list(tensor.shape)}"
+        elif not new[name].dtype.is_floating_point:
+            yield f"tensor {name} holds {new[name].dtype}, not floats"

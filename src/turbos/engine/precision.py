@@ -1,0 +1,109 @@
+"""In which precision an engine's weights are held, and which step decodes: decided once, and said.
+
+int8 and bf16 are of the weights only. The model's own weights are replaced by the numbers that the packed ones stand
+for, so that prompts (read by the model) and answers (written by the fused step) know the same weights. It is not the
+packing itself (`engine.fused.weights`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from turbos.common.errors import UserError
+from turbos.engine.config import EngineConfig
+from turbos.engine.fused.support import refusal, threads_refusal
+from turbos.engine.fused.weights import PackedModel, pack
+from turbos.engine.pool import StatePool
+from turbos.model.lm import LanguageModel
+
+if TYPE_CHECKING:
+    from turbos.engine.fused.step import FusedStep
+
+Held = Literal["fp32", "bf16", "int8", "fp64"]
+NAME_OF: dict[torch.dtype, Held] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}
+
+
+@dataclass
+class Weights:
+    """A model whose weights an engine uses: the torch model, and the same numbers packed where the fused step runs.
+
+    `why_torch` says why the fused step does not run; it is empty where it does.
+    """
+
+    model: LanguageModel
+    precision: Held
+    packed: PackedModel | None
+    why_torch: str
+    threads: int
+    segment: int
+
+    @classmethod
+    def prepare(cls, model: LanguageModel, config: EngineConfig) -> Weights:
+        """Move and round the model as the options say (in place); UserError where they cannot be honoured."""
+        model = model.to(config.device).eval().requires_grad_(False)
+        if config.device != "cpu":
+            model = model.to(torch.float32 if config.precision == "fp32" else torch.bfloat16)
+        why_torch = _why_torch(model, config)
+        if config.path == "fused" and why_torch:
+            raise UserError(f"engine: the fused step cannot run: {why_torch}; leave path at 'auto'")
+        precision = _precision(model, config, fused=not why_torch)
+        threads = 1 if threads_refusal() else config.threads or torch.get_num_threads()
+        weights = cls(model, precision, None, why_torch, threads, config.segment)
+        weights.pack()
+        return weights
+
+    def pack(self) -> None:
+        """Pack the model's present weights, and give the model the numbers that the packed ones stand for."""
+        rounded = self.precision == "int8" or (self.precision == "bf16" and self.model.embed_weight.device.type == "cpu")
+        if self.why_torch and not rounded:
+            return
+        assert self.precision != "fp64"
+        packed = pack(self.model, self.precision)
+        packed.round_to_packed(self.model)
+        self.packed = None if self.why_torch else packed
+
+    def fused_step(self, pool: StatePool) -> FusedStep | None:
+        """The fused step over a pool, compiled; None where it does not run."""
+        if self.packed is None:
+            return None
+        # Only here, since it imports numba.
+        from turbos.engine.fused.step import FusedStep
+
+        return FusedStep(self.packed, pool, self.threads)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the model's tensors and of the packed ones."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return sum(tensor.nbytes for tensor in tensors) + (0 if self.packed is None else self.packed.nbytes)
+
+    @property
+    def description(self) -> str:
+        """Which step runs, on what, and why: one line."""
+        weights = {"fp32": "fp32", "fp64": "float64", "bf16": "bf16", "int8": "int8 (a scale for each row)"}
+        step = f"plain torch step ({self.why_torch})" if self.why_torch else f"fused step, {self.threads} threads"
+        return f"{step}, weights {weights[self.precision]}; prompts in segments of {self.segment} tokens"
+
+
+def _why_torch(model: LanguageModel, config: EngineConfig) -> str:
+    if config.path == "torch":
+        return "path is 'torch'"
+    return refusal(model.config, config.device, model.embed_weight.dtype) or ""
+
+
+def _precision(model: LanguageModel, config: EngineConfig, fused: bool) -> Held:
+    own = NAME_OF.get(model.embed_weight.dtype)
+    if own is None:
+        raise UserError(f"engine: weights of {model.embed_weight.dtype} are not supported; load the model as fp32")
+    if config.device != "cpu":
+        if config.precision == "int8":
+            raise UserError("engine: int8 weights are for the CPU; use bf16 or fp32 on an accelerator")
+        return own
+    if config.precision == "auto":
+        return "int8" if fused and own == "fp32" else own
+    if own != "fp32" and config.precision != own:
+        raise UserError(f"engine: precision {config.precision} needs a model loaded as fp32, this one is {own}")
+    return config.precision
