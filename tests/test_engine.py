@@ -6,11 +6,12 @@ import dataclasses
 import random
 import statistics
 import threading
+from pathlib import Path
 
 import pytest
 import torch
-from model_cases import tiny_config
 
+from model_cases import tiny_config
 from turbos.common.errors import UserError
 from turbos.common.records import Completion, Documents
 from turbos.engine.config import EngineConfig
@@ -89,9 +90,7 @@ def test_alone_is_crowded_and_preempted_to_the_last_bit(layers: str) -> None:
     alone = [
         roomy.generate(
             [list(answer.prompt_ids)],
-            SamplingParams(
-                max_new_tokens=130 + place, temperature=1.0, seed=place, stop_ids=frozenset(), cache=False
-            ),
+            SamplingParams(max_new_tokens=130 + place, temperature=1.0, seed=place, stop_ids=frozenset(), cache=False),
         )[0]
         for place, answer in enumerate(crowd(roomy, 32))
     ]
@@ -375,3 +374,27 @@ def test_leaving_a_stream_early_cancels_it() -> None:
             break
     at_rest(engine)
     assert [delta.ids for delta in deltas] == [(id,) for id in engine.generate([prompt], params)[0].ids[:3]]
+
+
+@pytest.mark.parametrize("layers", ("MFAFMD", "ADAD", "MFMF"))
+def test_a_saved_session_goes_on_in_another_engine_to_the_last_bit(layers: str, tmp_path: Path) -> None:
+    one, other, fresh = (engine_of(layers) for _ in range(3))
+    (prompt, more) = prompts_of(one.model, [90, 10])
+    params = SamplingParams(max_new_tokens=20, temperature=1.0, stop_ids=frozenset())
+    (first,) = one.generate([prompt], params)
+    path = tmp_path / "session.safetensors"
+    assert one.save_session(path, [*prompt, *first.ids]) == 109
+    assert other.load_session(path) == (*prompt, *first.ids[:-1])
+    longer = [*prompt, *first.ids, *more]
+    (want,), (got,) = (engine.generate([longer], params) for engine in (one, other))
+    assert (got.cached_tokens, got.ids, got.logprobs) == (109, want.ids, want.logprobs)
+    with pytest.raises(UserError, match="no state of its tokens is kept"):
+        fresh.save_session(path, prompt)
+    strangers = Engine(model_of(layers, seed=1), config=fresh.config)
+    with pytest.raises(UserError, match="other weights"):
+        strangers.load_session(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"session\.safetensors"):
+        fresh.load_session(path)
+    at_rest(fresh)
+    at_rest(other)

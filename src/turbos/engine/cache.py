@@ -181,12 +181,23 @@ class StateCache:
             if hidden_D is not None and known.hidden_D is None and self._affords(hidden_D):
                 self._enrich(place, known, hidden_D)
         elif self.pool.layout.state_bytes <= self.limit:
-            self._lost.pop(place, None)
-            self._places.add(place)
-            self._kept[place] = snapshot = self.take(row, hidden_D if self._affords(hidden_D) else None)
-            self._bytes += snapshot.nbytes
-            self._count += 1
-            self._shrink()
+            self._put(place, self.take(row, hidden_D if self._affords(hidden_D) else None))
+
+    def keep_snapshot(self, ids: Sequence[int], snapshot: Snapshot) -> None:
+        """Remember a state that somebody holds (read from a file, say) under the tokens that it has read."""
+        self._check_held(snapshot)
+        place = self._places.of(ids, snapshot.length)
+        if place not in self._kept and snapshot.nbytes <= self.limit:
+            self._put(place, self.hold(snapshot))
+
+    def _put(self, place: Place, snapshot: Snapshot) -> None:
+        """Take over a hold on a snapshot and remember it; others may have to go."""
+        self._lost.pop(place, None)
+        self._places.add(place)
+        self._kept[place] = snapshot
+        self._bytes += snapshot.nbytes
+        self._count += 1
+        self._shrink()
 
     def _affords(self, hidden_D: Tensor | None) -> bool:
         """Whether one state with this hidden state fits at all."""

@@ -18,11 +18,11 @@ SEGMENT = 512
 class EngineConfig:
     """Options of an engine.
 
-    `memory` bounds states and keys in bytes (None: 70 % of what is free); `context` is the length that the plan counts
-    sessions at, and the longest that a sequence may grow, prompt and answer together. `max_running` bounds how many
-    answers are written at once. `precision` is that of the weights: `auto` is int8 on the CPU where the fused step runs,
-    else the model's own. `path` `auto` takes the fused step where it can run. Prompts are read in calls that end at
-    multiples of `segment`; a state is kept every `snapshot_every` tokens, at the end of a prompt and of an answer.
+    `memory` bounds weights, states and keys in bytes (None: 70 % of what is free for states and keys). The plan shares
+    it out for `max_running` answers of `context` tokens each; a single one may grow longer, up to all pages.
+    `precision` is that of the weights: `auto` is int8 on the CPU where the fused step runs, else the model's own. `path`
+    `auto` takes the fused step where it can run. Prompts are read in calls that end at multiples of `segment`; a state
+    is kept every `snapshot_every` tokens, at the end of a prompt and of an answer.
     """
 
     memory: int | None = None
@@ -43,3 +43,6 @@ class EngineConfig:
         for name, words in (("precision", ("auto", "fp32", "bf16", "int8")), ("path", ("auto", "fused", "torch"))):
             if getattr(self, name) not in words:
                 raise UserError(f"engine: {name} {getattr(self, name)!r} is none of {', '.join(words)}")
+
+
+DEFAULTS = EngineConfig()

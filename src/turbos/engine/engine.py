@@ -24,17 +24,18 @@ from torch import Tensor
 
 from turbos.common.errors import UserError
 from turbos.common.records import Completion, Finish
-from turbos.engine.cache import StateCache
-from turbos.engine.config import EngineConfig
+from turbos.engine.cache import Miss, StateCache
+from turbos.engine.config import DEFAULTS, EngineConfig
 from turbos.engine.memory import MemoryPlan, plan
 from turbos.engine.metrics import Counters, EngineMetrics
 from turbos.engine.pool import PAGE, StatePool
 from turbos.engine.precision import Weights
 from turbos.engine.runner import Runner
 from turbos.engine.sampler import Choice, NoChoice, Sampler
-from turbos.engine.sampling_params import SamplingParams
+from turbos.engine.sampling_params import GREEDY, SamplingParams
 from turbos.engine.scheduler import Scheduler
 from turbos.engine.sequence import Delta, Sequence
+from turbos.engine.snapshot import Origin, load_session, origin_of, save_session
 from turbos.engine.writer import Writer
 from turbos.model.lm import LanguageModel
 from turbos.text.tokenizer import Tokenizer
@@ -50,7 +51,7 @@ class Engine:
         self,
         model: LanguageModel,
         tokenizer: Tokenizer | None = None,
-        config: EngineConfig = EngineConfig(),
+        config: EngineConfig = DEFAULTS,
         eos_ids: Collection[int] = (),
     ) -> None:
         """`eos_ids` end an answer unless a request names others. UserError where memory or options do not fit."""
@@ -68,9 +69,10 @@ class Engine:
         self._inbox: deque[Sequence] = deque()
         self._numbers = itertools.count()
         self._counters = Counters()
+        self._known_origin: tuple[int, Origin] | None = None
 
     @classmethod
-    def from_checkpoint(cls, name: str | Path, config: EngineConfig = EngineConfig()) -> Engine:
+    def from_checkpoint(cls, name: str | Path, config: EngineConfig = DEFAULTS) -> Engine:
         """An engine for a checkpoint directory or hub id, with its tokenizer and its end tokens."""
         from turbos.model.package import load_package
 
@@ -100,7 +102,7 @@ class Engine:
     def submit(
         self,
         prompt: Many[int],
-        params: SamplingParams = SamplingParams(),
+        params: SamplingParams = GREEDY,
         *,
         marks: Collection[int] = (),
         sink: Callable[[Delta], None] | None = None,
@@ -134,7 +136,7 @@ class Engine:
             self.cancel(answer)
 
     def generate(
-        self, prompts: Many[Many[int]], params: SamplingParams | Many[SamplingParams] = SamplingParams()
+        self, prompts: Many[Many[int]], params: SamplingParams | Many[SamplingParams] = GREEDY
     ) -> list[Completion]:
         """Answers to all prompts, in their order, the `n` answers to one side by side."""
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
@@ -154,7 +156,7 @@ class Engine:
         return [answer.completion() for answer in answers]
 
     def stream(
-        self, prompt: Many[int], params: SamplingParams = SamplingParams(), *, marks: Collection[int] = ()
+        self, prompt: Many[int], params: SamplingParams = GREEDY, *, marks: Collection[int] = ()
     ) -> Iterator[Delta]:
         """The deltas of a request as they come; leaving the loop early cancels it."""
         deltas: deque[Delta] = deque()
@@ -192,6 +194,43 @@ class Engine:
             self.cache.set_version(version)
             self.scheduler.release_prompts()
             self.weights_version = version
+
+    # Sessions on disk
+
+    def save_session(self, path: Path, ids: Many[int]) -> int:
+        """Write the longest state that is kept of these tokens to a file; returns how many tokens it has read.
+
+        After an answer that is all but its last token. UserError where none is kept, or the disk refuses.
+        """
+        with self._lock:
+            found = self.cache.find(ids)
+            if isinstance(found, Miss):
+                raise UserError(f"cannot save the session {path}: no state of its tokens is kept ({found.reason})")
+            try:
+                save_session(path, self.cache, found.snapshot, ids, self._origin)
+            finally:
+                self.cache.release(found.snapshot)
+            return found.length
+
+    def load_session(self, path: Path) -> tuple[int, ...]:
+        """Keep the state that a file holds, so that a prompt which begins with its tokens goes on from there.
+
+        Returns the tokens. UserError, naming the file, for one that is damaged, of another model or too large.
+        """
+        with self._lock:
+            session = load_session(path, self.cache, self._origin)
+            try:
+                self.cache.keep_snapshot(session.ids, session.snapshot)
+            finally:
+                self.cache.release(session.snapshot)
+            return session.ids
+
+    @property
+    def _origin(self) -> Origin:
+        """What made this engine's states; hashed when first asked for, and again after new weights."""
+        if self._known_origin is None or self._known_origin[0] != self.weights_version:
+            self._known_origin = (self.weights_version, origin_of(self.model))
+        return self._known_origin[1]
 
     # Steps
 

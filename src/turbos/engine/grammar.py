@@ -138,14 +138,11 @@ def _source(grammar: Grammar) -> str:
     """A grammar as llguidance reads it. JSON is read here first: it would be pasted into more JSON as it is."""
     from llguidance import LLMatcher
 
-    if any("\ud800" <= letter <= "\udfff" for letter in grammar.text):
-        raise UserError(f"grammar ({grammar.kind}) holds half a surrogate pair: it is no text")
-    if grammar.kind == "regex":
-        return LLMatcher.grammar_from_regex(grammar.text)
-    if grammar.kind == "lark":
-        return LLMatcher.grammar_from_lark(grammar.text)
-    if grammar.kind == "choice":
-        return LLMatcher.grammar_from_lark(f"start: {_alternatives(grammar)}")
+    if grammar.kind in ("regex", "lark", "choice"):
+        text = _alternatives(grammar) if grammar.kind == "choice" else grammar.text
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UserError(f"grammar ({grammar.kind}) holds half a surrogate pair: it is no text")
+        return LLMatcher.grammar_from_regex(text) if grammar.kind == "regex" else LLMatcher.grammar_from_lark(text)
     schema = {"type": "object"} if grammar.kind == "json" else _read_json(grammar)
     if not isinstance(schema, dict | bool):
         raise UserError(f"grammar (json_schema) must be a JSON object, not {json.dumps(schema)[:LONGEST_REASON]}")
@@ -156,7 +153,7 @@ def _alternatives(grammar: Grammar) -> str:
     choices = _read_json(grammar)
     if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
         raise UserError("grammar (choice) must be a JSON list of at least one string")
-    return " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+    return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
 
 
 def _read_json(grammar: Grammar) -> object:

@@ -57,7 +57,9 @@ class Weights:
 
     def pack(self) -> None:
         """Pack the model's present weights, and give the model the numbers that the packed ones stand for."""
-        rounded = self.precision == "int8" or (self.precision == "bf16" and self.model.embed_weight.device.type == "cpu")
+        rounded = self.precision == "int8" or (
+            self.precision == "bf16" and self.model.embed_weight.device.type == "cpu"
+        )
         if self.why_torch and not rounded:
             return
         assert self.precision != "fp64"

@@ -182,3 +182,7 @@ def _biases(biases: object) -> dict[int, float]:
         if bias != -math.inf:
             _check_real("logit_bias", bias, -LARGEST_BIAS, LARGEST_BIAS)
     return {int(id): float(bias) for id, bias in biases.items()}
+
+
+GREEDY = SamplingParams()
+"""The likeliest token each time, with the engine's ends and limits."""

@@ -52,9 +52,11 @@ class Scheduler:
 
         Its row already holds what is known of its prompt; `hidden_D` is there if that is all of it.
         """
-        if self.reading is None and self.waiting and (self.waiting[0].writer.ids or not only_begun):
-            if self._seat(self.waiting[0]):
-                self.reading = self.waiting.popleft()
+        if self.reading is not None or not self.waiting:
+            return self.reading
+        first = self.waiting[0]
+        if (first.writer.ids or not only_begun) and self._seat(first):
+            self.reading = self.waiting.popleft()
         return self.reading
 
     def next_border(self, sequence: Sequence) -> int | None:

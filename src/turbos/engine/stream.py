@@ -23,7 +23,7 @@ from torch import Tensor
 
 from turbos.common.errors import UserError
 from turbos.engine.engine import Engine
-from turbos.engine.sampling_params import SamplingParams
+from turbos.engine.sampling_params import GREEDY, SamplingParams
 from turbos.engine.sequence import Delta
 from turbos.engine.sequence import Sequence as Answer
 
@@ -77,7 +77,7 @@ class AsyncEngine:
         await asyncio.to_thread(self.close)
 
     async def stream(
-        self, prompt: Sequence[int], params: SamplingParams = SamplingParams(), *, marks: Collection[int] = ()
+        self, prompt: Sequence[int], params: SamplingParams = GREEDY, *, marks: Collection[int] = ()
     ) -> AsyncIterator[Delta]:
         """The deltas of a request, of all its `n` answers as they come; UserError for what cannot be."""
         self._check_running()

@@ -71,20 +71,21 @@ class ThinkingSpan:
         self._window = 0 if budget is None else min(budget // WINDOW_SHARE, LONGEST_WINDOW)
         self.used = 0
         self.place: Place = "start"
-        turn = _last_turn(tags, prompt)
-        for token in turn:
+        for token in _last_turn(tags, prompt):
             self.accept(token)
         if tags.assistant is None and self.place != "thinking":
             self.used = 0
-            self.place = "answer" if tags.close in turn[-CLOSED_WITHIN:] else "start"
+            self.place = "answer" if tags.close in prompt[-CLOSED_WITHIN:] else "start"
         elif tags.assistant is not None and tags.assistant not in prompt and self.place == "start":
             # A text to continue is no turn: nothing decides on thinking there.
             self.place = "answer"
 
     def accept(self, token: int) -> None:
         """Go on by one token."""
-        if self.place != "thinking":
+        if self.place == "start":
             self.place = "thinking" if token == self._tags.open else "answer"
+        elif self.place == "answer":
+            return
         elif token == self._tags.close:
             self.place = "answer"
         else:
@@ -106,7 +107,9 @@ class ThinkingSpan:
         if left is None:
             return FREE
         if self.place != "thinking":
-            return Rule(banned=(self._tags.close,) if self.may_open is not None else (self._tags.close, self._tags.open))
+            return Rule(
+                banned=(self._tags.close,) if self.may_open is not None else (self._tags.close, self._tags.open)
+            )
         if left == 0:
             return Rule(forced=self._tags.close)
         if left > self._window:
@@ -116,12 +119,8 @@ class ThinkingSpan:
 
 
 def _last_turn(tags: Tags, prompt: Sequence[int]) -> Sequence[int]:
-    """Tokens after the last beginning of an assistant's turn; the whole prompt where there is none.
-
-    Without a token for turns, only what follows the last opening tag says anything.
-    """
-    mark = tags.open if tags.assistant is None else tags.assistant
-    if mark not in prompt:
-        return prompt
-    start = len(prompt) - list(reversed(prompt)).index(mark)
-    return prompt[start - (tags.assistant is None) :]
+    """Tokens after the last beginning of an assistant's turn; where there is none, from the last opening tag on."""
+    backwards = list(reversed(prompt))
+    if tags.assistant in backwards:
+        return prompt[len(prompt) - backwards.index(tags.assistant) :]
+    return prompt[len(prompt) - backwards.index(tags.open) - 1 :] if tags.open in backwards else ()

@@ -21,12 +21,12 @@ from turbos.engine.fused.vectors import (
     get,
     get_int32,
     get_int64,
+    inlined,
     kernel,
     largest,
     load,
     maximum,
     mul,
-    part,
     put,
     put_int64,
     splat,
@@ -38,7 +38,7 @@ from turbos.engine.fused.vectors import (
 from turbos.engine.pages import PAGE
 
 
-@part
+@inlined
 def _rotate(x, cos, sin, half):  # type: ignore[no-untyped-def]
     for i in range(half):
         first, second = get(x, i), get(x, half + i)
@@ -98,7 +98,7 @@ def attend(op, sizes, call, thread, threads):  # type: ignore[no-untyped-def]
         task += parts
 
 
-@part
+@inlined
 def _attend_part(op, sizes, call, b, part, thread):  # type: ignore[no-untyped-def]
     heads, width = sizes.heads, sizes.head_dim
     count = min(PART, get_int64(call.positions, b) + 1 - part * PART)
@@ -117,7 +117,7 @@ def _attend_part(op, sizes, call, b, part, thread):  # type: ignore[no-untyped-d
     _mix_values(op, sizes, call, b, part, count, scores, rows, sizes.weights_rows + 8 * thread * heads)
 
 
-@part
+@inlined
 def _score(op, sizes, call, b, part, count, scores_rows):  # type: ignore[no-untyped-def]
     """Products of every query with a part's keys; up to three beyond `count` are computed of what lies there."""
     width, repeat = sizes.head_dim, sizes.heads // sizes.kv_heads
@@ -133,7 +133,7 @@ def _score(op, sizes, call, b, part, count, scores_rows):  # type: ignore[no-unt
                 score_tiles(at, stride, width, 0, queries, targets, repeat, start + s)
 
 
-@part
+@inlined
 def _weigh(scores, count, maxima, sums, place):  # type: ignore[no-untyped-def]
     """Scores of one head -> `exp(score - maximum)` in place; leaves maximum and sum."""
     end = (count + LANES - 1) // LANES * LANES
@@ -152,7 +152,7 @@ def _weigh(scores, count, maxima, sums, place):  # type: ignore[no-untyped-def]
     put(sums, place, total(added))
 
 
-@part
+@inlined
 def _mix_values(op, sizes, call, b, part, count, scores, targets, weights_rows):  # type: ignore[no-untyped-def]
     width, repeat = sizes.head_dim, sizes.heads // sizes.kv_heads
     stride = sizes.kv_heads * width
@@ -175,7 +175,7 @@ def join(sizes, call, thread, threads):  # type: ignore[no-untyped-def]
         _join_head(sizes, call, task // sizes.heads, task % sizes.heads, thread)
 
 
-@part
+@inlined
 def _join_head(sizes, call, b, head, thread):  # type: ignore[no-untyped-def]
     heads, width, parts = sizes.heads, sizes.head_dim, parts_of(call, b)
     at = 4 * (b * heads + head) * call.parts

@@ -168,7 +168,10 @@ def _sizes(packed: PackedModel, pool: StatePool, workspace: Workspace, threads: 
         record[name] = value
     record["conv_numbers"], record["scan_numbers"] = pool.layout.conv_numbers, pool.layout.scan_numbers
     record["conv"], record["scan"] = workspace.keep(pool.conv_SX), workspace.keep(pool.scan_SX)
-    record["embed"], record["embed_kind"] = workspace.keep(packed.embedding.weights), _KIND[packed.embedding.weights.dtype]
+    record["embed"], record["embed_kind"] = (
+        workspace.keep(packed.embedding.weights),
+        _KIND[packed.embedding.weights.dtype],
+    )
     record["embed_scales"] = 0 if packed.embedding.scales is None else workspace.keep(packed.embedding.scales)
     if config.rope_theta is not None and "A" in config.layers:
         record["frequencies"] = workspace.keep(rotary_frequencies(config))

@@ -17,11 +17,11 @@ from turbos.engine.fused.vectors import (
     fma,
     get,
     get_int64,
+    inlined,
     kernel,
     load,
     maximum,
     mul,
-    part,
     put,
     put_int16,
     put_int64,
@@ -50,7 +50,7 @@ def route(op, sizes, call):  # type: ignore[no-untyped-def]
     _group(op, sizes, call)
 
 
-@part
+@inlined
 def _choose(op, sizes, call, b, scores):  # type: ignore[no-untyped-def]
     """The `top_k` best experts of a row, best first; of equal ones the first."""
     chosen = sizes.chosen + 8 * b * op.top_k
@@ -71,7 +71,7 @@ def _choose(op, sizes, call, b, scores):  # type: ignore[no-untyped-def]
             put_int16(call.routes, (b * sizes.routers + op.layer) * op.top_k + k, best)
 
 
-@part
+@inlined
 def _softmax_gates(op, sizes, b, logits):  # type: ignore[no-untyped-def]
     chosen, gates = sizes.chosen + 8 * b * op.top_k, sizes.gates + 4 * b * op.top_k
     top, added = get(logits, get_int64(chosen, 0)), float32(0.0)
@@ -83,7 +83,7 @@ def _softmax_gates(op, sizes, b, logits):  # type: ignore[no-untyped-def]
         put(gates, k, get(gates, k) / added)
 
 
-@part
+@inlined
 def _sigmoid_gates(op, sizes, b, scores):  # type: ignore[no-untyped-def]
     chosen, gates = sizes.chosen + 8 * b * op.top_k, sizes.gates + 4 * b * op.top_k
     added = float32(0.0)
@@ -94,7 +94,7 @@ def _sigmoid_gates(op, sizes, b, scores):  # type: ignore[no-untyped-def]
         put(gates, k, get(scores, get_int64(chosen, k)) / divisor * sizes.router_scale)
 
 
-@part
+@inlined
 def _group(op, sizes, call):  # type: ignore[no-untyped-def]
     """Lists of the slots (row, choice) of every expert that was chosen.
 
@@ -122,7 +122,7 @@ def _group(op, sizes, call):  # type: ignore[no-untyped-def]
     put_int64(sizes.groups_list, 2 + 2 * found, listed)
 
 
-@part
+@inlined
 def _activate(sizes, target, width, first, last):  # type: ignore[no-untyped-def]
     """`silu(gate) * up` or `relu(x) ** 2` of some columns, in the gate's place."""
     for i in range(first, last, LANES):
@@ -195,7 +195,7 @@ def feed_out(op, matrices, sizes, call, thread, threads):  # type: ignore[no-unt
         _sum_row(op, sizes, call, b, slots, first, last)
 
 
-@part
+@inlined
 def _sum_row(op, sizes, call, b, slots, first, last):  # type: ignore[no-untyped-def]
     x_at, factor = sizes.x + 4 * b * sizes.hidden, splat(sizes.residual_multiplier)
     for i in range(first, last, LANES):

@@ -13,7 +13,7 @@ PROJECT, SCAN, ATTEND, JOIN, MERGE, FEED_IN, FEED_OUT, HEAD = range(8)
 mixer's output added to the stream; a feed-forward network's two halves; final norm and logits."""
 
 PART = 128
-"""Cached tokens that are attended to at once. Its borders are fixed, so that no bit depends on the number of threads."""
+"""Cached tokens that are attended to at once, between fixed borders: no bit depends on the number of threads."""
 
 
 def _record(integers: str, floats: str = "") -> np.dtype:

@@ -25,9 +25,10 @@ from turbos.engine.fused.rows import (
     rotations,
 )
 from turbos.engine.fused.scan import convolve_shared, gated_norm, scan_heads
-from turbos.engine.fused.vectors import part, put_int64
+from turbos.engine.fused.vectors import inlined, put_int64
 
-@part
+
+@inlined
 def _begin(op, sizes, call):  # type: ignore[no-untyped-def]
     """What a phase needs first, by the calling thread alone."""
     if op.code == PROJECT:
@@ -50,7 +51,7 @@ def _begin(op, sizes, call):  # type: ignore[no-untyped-def]
             put_int64(sizes.logits_rows, call.batch + b, call.logits + 4 * b * sizes.vocabulary)
 
 
-@part
+@inlined
 def _work(op, matrices, sizes, call, thread, threads):  # type: ignore[no-untyped-def]
     """A thread's share of a phase."""
     if op.code == PROJECT:

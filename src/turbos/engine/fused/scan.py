@@ -12,14 +12,13 @@ from numba import float32
 from turbos.engine.fused.products import share
 from turbos.engine.fused.vectors import (
     LANES,
-    add,
     fma,
     get,
     get_int64,
+    inlined,
     kernel,
     load,
     mul,
-    part,
     put,
     silu,
     splat,
@@ -48,7 +47,7 @@ def _convolve(op, sizes, inputs, state, target, first, last):  # type: ignore[no
         store(target, i - first, last - first, silu(y))
 
 
-@part
+@inlined
 def _conv_state(op, sizes, call, b):  # type: ignore[no-untyped-def]
     return sizes.conv + 4 * (get_int64(call.slots, b) * sizes.conv_numbers + op.conv_start)
 
@@ -70,7 +69,7 @@ def scan_heads(op, sizes, call, thread, threads):  # type: ignore[no-untyped-def
         _scan_head(op, sizes, call, task // sizes.mamba_heads, task % sizes.mamba_heads)
 
 
-@part
+@inlined
 def _scan_head(op, sizes, call, b, head):  # type: ignore[no-untyped-def]
     width, size = sizes.mamba_head_dim, sizes.mamba_state
     row = sizes.projected + 4 * b * sizes.wide
@@ -96,7 +95,7 @@ def _scan_head(op, sizes, call, b, head):  # type: ignore[no-untyped-def]
     put(sizes.squares, b * sizes.mamba_heads + head, total(squares))
 
 
-@part
+@inlined
 def _advance(state, decay, dt, x_at, b_at, c_at, y_at, width, size):  # type: ignore[no-untyped-def]
     """`state = decay * state + dt * x B^T`, `y = state C`, for one head's state `[P, N]`; four rows at a time."""
     a = splat(decay)

@@ -105,7 +105,9 @@ class FusedStep:
         """The largest position; the compiled code would read and write anywhere, so nothing wrong may pass."""
         batch = len(tokens)
         if not 1 <= batch <= MAX_BATCH or len(slots) != batch or len(positions) != batch or len(tables) != batch:
-            raise ValueError(f"fused: {batch} tokens, {len(slots)} slots, {len(positions)} positions, {len(tables)} tables")
+            raise ValueError(
+                f"fused: {batch} tokens, {len(slots)} slots, {len(positions)} positions, {len(tables)} tables"
+            )
         places, rows = positions.tolist(), slots.tolist()
         if min(rows) < 0 or max(rows) >= self.pool.num_slots or len(set(rows)) != batch:
             raise ValueError(f"fused: slots {rows} are not {batch} different ones of {self.pool.num_slots}")

@@ -155,7 +155,9 @@ def mixing_tile(batch: int, vectors: int) -> Any:
                         builder.store(multiply_add(builder, factor, part, builder.load(at)), at)
             for number, start in enumerate(ends):
                 for at, step in zip(sums[number * vectors :], steps, strict=False):
-                    store_masked(builder, builder.load(at), builder.gep(start, [step]), mask if step is steps[-1] else None)
+                    store_masked(
+                        builder, builder.load(at), builder.gep(start, [step]), mask if step is steps[-1] else None
+                    )
             return context.get_dummy_value()
 
         return types.void(*(types.int64,) * 7), body

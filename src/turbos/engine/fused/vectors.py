@@ -403,7 +403,7 @@ put_int64, put_int16 = _writer(INT64), _writer(ir.IntType(16))
 
 kernel = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 """Decorator of functions that only compiled functions call."""
-part = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, inline="always")
+inlined = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, inline="always")
 """The same for functions that are called from one place: compiled as a part of their caller, which is quicker."""
 
 LOG2_E = math.log2(math.e)
