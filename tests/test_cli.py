@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from turbos.cli import generate as generate_verb
 from turbos.cli import main as main_module
 from turbos.cli import stages
 from turbos.cli.main import VERBS, join_overrides, main
@@ -208,15 +207,6 @@ def test_generate_streams_and_repeats_itself(checkpoint: Path, capsys: pytest.Ca
     assert main(words) == 0
     assert main([*words, "--think", "on"]) == 2
     assert "--think needs --chat" in capsys.readouterr().err
-
-
-def test_streamed_pieces_are_whole_characters() -> None:
-    tokenizer = Tokenizer.train(["plain text"] * 3, vocab_size=304)
-    text = "naïve 北京 🙂!"
-    pieces = list(generate_verb.texts(tokenizer, tokenizer.encode(text)))
-    assert "".join(pieces) == text and "北" in pieces
-    cut = tokenizer.encode("🙂")[:2]
-    assert "".join(generate_verb.texts(tokenizer, cut)) == tokenizer.decode(cut)
 
 
 def test_plot_draws_each_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

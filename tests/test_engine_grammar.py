@@ -109,7 +109,7 @@ def test_json_is_an_object() -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["[0-9]{3,20}", "(yes|no|maybe)( [a-c]{2}){0,3}", r"\d+\.\d+", "é(語|🙂){1,3}x", "."]
+    "pattern", ["[0-9]{3,20}", "(yes|no|maybe)( [a-c]{2}){0,3}", r"[0-9]+\.[0-9]+", "é(語|🙂){1,3}x", "."]
 )
 def test_expressions_match_to_the_last_letter(pattern: str) -> None:
     for text in ended(answers(Grammar("regex", pattern), 40, limit=100)):
@@ -185,7 +185,7 @@ def test_padding_ids_are_never_produced_under_a_grammar(likely: int, temperature
         ("json_schema", "[" * 100_000, "is not JSON"),
         ("json_schema", "3", "must be a JSON object"),
         ("json_schema", "[]", "must be a JSON object"),
-        ("json_schema", "false", "Unsatisfiable"),
+        ("json_schema", "false", "must be a JSON object"),
         ("json_schema", '{"enum": []}', "Unsatisfiable"),
         ("json_schema", '{"type": "integer", "minimum": 5, "maximum": 3}', "Unsatisfiable"),
         ("json_schema", '{"type": "nothing"}', "Invalid type"),
@@ -280,11 +280,11 @@ def test_the_grammar_begins_where_thinking_is_over(prompt: list[int], budget: in
     for writer in writers:
         body = [*prompt[1:], *writer.ids] if prompt[0] == ASSISTANT else writer.ids
         thinking = body[: body.index(CLOSE) + 1] if CLOSE in body else []
-        seen.add("thinking" if len(thinking) > 2 or body[:2] == [OPEN, CLOSE] and prompt[-1] == OPEN else "answer")
+        seen.add("thinking" if thinking and prompt[-1] != CLOSE else "answer")
         assert not thinking or (thinking[0] == OPEN and (budget is None or len(thinking) - 2 <= budget))
         assert writer.finish == "stop"
         assert re.fullmatch("[0-9]{2,5}", tiny_tokenizer().decode(without_end(body[len(thinking) :])))
-    assert seen <= places and ("answer" not in seen or "answer" in places)
+    assert seen == places
 
 
 def test_compiled_grammars_are_kept_but_not_without_limit() -> None:

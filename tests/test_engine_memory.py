@@ -95,6 +95,18 @@ def test_it_says_what_a_session_costs_and_what_was_cut() -> None:
     assert "state" not in plan(twin, 0, GB, 999, 9).describe().split(":")[0]
 
 
+def test_slots_leave_room_for_a_page() -> None:
+    """Keys that cost far more than the scan state: a quarter of the rest for slots would leave no page."""
+    config = tiny_config("MAAAA", num_kv_heads=4, head_dim=64)
+    layout, working = Layout.of(config), memory._working_bytes(config, 900)
+    assert layout.page_bytes > 300 * layout.state_bytes
+    for spare in range(0, 200, 20):
+        total = working + layout.page_bytes + (1 + spare) * layout.state_bytes
+        made = plan(config, 0, total, 10_000, 900)
+        assert made.pages == 1 and made.context == PAGE and made.slots == 1 + spare
+        assert pool_bytes(made) + made.cache_bytes + made.working_bytes <= total
+
+
 def test_long_contexts_are_cheap_for_a_hybrid() -> None:
     """The attention twin's sessions cost what its keys cost."""
     twin = ModelConfig(vocab_size=1000, hidden_size=512, layers="(AD)*12")

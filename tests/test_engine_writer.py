@@ -129,5 +129,5 @@ def test_no_logits_think_longer_than_the_budget(
     if body[0] == OPEN:
         assert len([id for id in thinking if id != END]) <= max(budget, len(opening) - 1)
         assert CLOSE in body or writer.finish == "stop" or budget >= 60
-    assert OPEN not in body[1:] or body[0] == OPEN and body.index(OPEN, 1) < body.index(CLOSE)
+    assert OPEN not in body[1:] or (body[0] == OPEN and body.index(OPEN, 1) < body.index(CLOSE))
     assert CLOSE not in body or body[0] == OPEN

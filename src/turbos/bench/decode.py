@@ -127,7 +127,7 @@ def _deep_contest(everyone: Field, sizes: Sizes, threads: int) -> Iterator[Row]:
     times = interleave_timed(work | {"read": reading()}, sizes.rounds)
     for ours in everyone.ours:
         traffic = ours.traffic_bytes(batch, sizes.deep) * sizes.deep_steps
-        name = f"decode {ours.precision} b{batch} {sizes.deep // 1024}k"
+        name = f"decode {ours.precision} b{batch} {sizes.deep / 1024:g}k"
         yield _row(name, ours.precision, times, batch * sizes.deep_steps, traffic)
 
 

@@ -13,17 +13,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 from turbos.bench.length_plan import ATTENTION, HYBRID, MAMBA
+from turbos.bench.length_stack import Stack, say
 from turbos.bench.peers import Times, interleave_timed
 from turbos.bench.rows import Row
 from turbos.common.errors import UserError
 from turbos.engine.fused.support import MAX_BATCH
 from turbos.engine.layout import Layout
-
-if TYPE_CHECKING:
-    from turbos.bench.length import Stack
 
 STEPS = 4
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -61,8 +58,6 @@ def batches_to_try(most: int) -> list[int]:
 
 def aggregate_rows(length: int, stacks: Sequence[Stack], budget: int, rounds: int) -> Sequence[Row]:
     """`aggregate <length>` of the hybrid and `aggregate mamba <length>`; none where some shape has no session."""
-    from turbos.bench.length import say
-
     fitting = {stack.shape.name: min(MAX_BATCH, sessions_that_fit(stack, length, budget)) for stack in stacks}
     if not all(fitting.values()):
         say(f"budget of {budget / 1e9:.2f} GB: no session of {length} tokens fits for {_without(fitting)}")

@@ -53,7 +53,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--png", type=Path, metavar="FILE", help=f"with {drawn} or twins: where to draw (default: bench-WORK.png)"
     )
-    parser.add_argument("--lengths", metavar="N,...", help="with length: tokens before (default: 512 to 131072)")
+    parser.add_argument("--lengths", metavar="N,...", help="with length: tokens before (default: 128 to 131072)")
     parser.add_argument("--budget", metavar="SIZE", help="with length: also all sessions that such memory holds, 4GiB")
     twins.add_options(parser)
 

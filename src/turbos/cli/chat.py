@@ -220,7 +220,7 @@ class Chat:
         """Go on with a saved conversation, whose last answer is shown."""
         self._screen.note(self._session.load(_path(rest)))
         last = self._session.messages[-1] if self._session.messages else None
-        if last is not None:
+        if last is not None and self._screen.is_terminal:
             self._screen.content(last.content)
             self._screen.end_answer()
 

@@ -31,17 +31,25 @@ else:
 def perturbed_argmax(
     scores_BV: Tensor, seeds: Sequence[int], positions: Sequence[int], compiled: bool = COMPILED
 ) -> list[int]:
-    """Token with the largest `scores + gumbel_noise` of each row; at least one score is above -inf, and -inf never wins."""
+    """Token with the largest `scores + gumbel_noise` of each row; each has a score above -inf, and -inf never wins."""
     seeds_B, positions_B = torch.tensor(seeds, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64)
     if not compiled or scores_BV.device.type != "cpu":
         noise_BV = gumbel_noise(seeds_B.to(scores_BV.device), positions_B.to(scores_BV.device), scores_BV.shape[1])
         return [int(token) for token in (scores_BV + noise_BV).argmax(-1)]
+    scores_BV = scores_BV.contiguous()
     tensors = (scores_BV, scores_BV.amax(-1), seeds_B, positions_B)
     found = sampling_kernels.perturbed_argmax(*(tensor.numpy() for tensor in tensors)).tolist()
     for row in (row for row, token in enumerate(found) if token < 0):
         one = slice(row, row + 1)
         found[row] = int((scores_BV[one] + gumbel_noise(seeds_B[one], positions_B[one], scores_BV.shape[1])).argmax(-1))
     return [int(token) for token in found]
+
+
+def warm_up() -> None:
+    """Compile the kernels (seconds, once on a machine) or read them from numba's cache; without numba, nothing to do."""
+    scores_BV = torch.log_softmax(torch.zeros(1, 8), -1)
+    perturbed_argmax(scores_BV, [0], [0])
+    smallest_kept(scores_BV[0].exp(), 2, 0.5)
 
 
 def smallest_kept(probabilities_V: Tensor, top_k: int, top_p: float, compiled: bool = COMPILED) -> float:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from turbos.common.errors import UserError
 
-Precision = Literal["auto", "fp32", "bf16", "int8"]
+Precision = Literal["auto", "own", "fp32", "bf16", "int8"]
 Path = Literal["auto", "fused", "torch"]
 
 SEGMENT = 512
@@ -20,7 +20,8 @@ class EngineConfig:
 
     `memory` bounds weights, states and keys in bytes (None: 70 % of what is free for states and keys). The plan shares
     it out for `max_running` answers of `context` tokens each; a single one may grow longer, up to all pages.
-    `precision` is that of the weights: `auto` is int8 on the CPU where the fused step runs, else the model's own. `path`
+    `precision` is that of the weights: `own` leaves them as they are, `auto` is int8 on the CPU where the fused step
+    runs, else bf16 on an accelerator and `own` on the CPU. `device` None is where the model lies. `path`
     `auto` takes the fused step where it can run. Prompts are read in calls that end at multiples of `segment`; a state
     is kept every `snapshot_every` tokens, at the end of a prompt and of an answer.
     """
@@ -33,14 +34,14 @@ class EngineConfig:
     segment: int = SEGMENT
     snapshot_every: int = 2048
     threads: int | None = None
-    device: str = "cpu"
+    device: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("context", "max_running", "segment", "snapshot_every", "threads", "memory"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"engine: {name} must be at least 1, not {value}")
-        for name, words in (("precision", ("auto", "fp32", "bf16", "int8")), ("path", ("auto", "fused", "torch"))):
+        for name, words in (("precision", get_args(Precision)), ("path", get_args(Path))):
             if getattr(self, name) not in words:
                 raise UserError(f"engine: {name} {getattr(self, name)!r} is none of {', '.join(words)}")
 

@@ -12,6 +12,7 @@ knows token ids, and text only where a tokenizer is given.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
 from collections import deque
@@ -59,7 +60,15 @@ class Engine:
         self.weights = Weights.prepare(model, config)
         self.weights_version = 0
         shape, weight = model.config, model.embed_weight
-        self.plan: MemoryPlan = plan(shape, self.weights.nbytes, config.memory, config.context, config.max_running)
+        self.plan: MemoryPlan = plan(
+            shape,
+            self.weights.nbytes,
+            config.memory,
+            config.context,
+            config.max_running,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
         self.pool = StatePool(shape, self.plan.slots, self.plan.pages, weight.device, weight.dtype)
         self.cache = StateCache(self.pool, self.plan.cache_bytes)
         self.scheduler = Scheduler(self.pool, self.cache, config.segment, config.snapshot_every)
@@ -78,6 +87,17 @@ class Engine:
 
         package = load_package(name)
         return cls(package.model, package.tokenizer, config, package.token_ids.eos)
+
+    @classmethod
+    def of_copy(
+        cls,
+        model: LanguageModel,
+        tokenizer: Tokenizer | None = None,
+        config: EngineConfig = DEFAULTS,
+        eos_ids: Collection[int] = (),
+    ) -> Engine:
+        """An engine with a copy of a model's weights, for a model that goes on training."""
+        return cls(copy.deepcopy(model), tokenizer, config, eos_ids)
 
     def describe(self) -> list[str]:
         """Which paths run and why, what a session costs and how many fit: a program's first lines."""

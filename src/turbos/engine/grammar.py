@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
@@ -46,15 +47,17 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._backend: LLTokenizer | None = None
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
 
     def constraint(self, grammar: Grammar) -> Constraint:
-        """The beginning of an answer; UserError for a grammar that cannot be compiled or met."""
-        if grammar not in self._compiled:
-            self._compiled[grammar] = self._compile(grammar)
-        self._compiled.move_to_end(grammar)
-        if len(self._compiled) > KEPT_GRAMMARS:
-            self._compiled.popitem(last=False)
-        return Constraint(self._compiled[grammar].deep_copy(), self._tokenizer)
+        """The beginning of an answer; UserError for a grammar that cannot be compiled or met. From any thread."""
+        with self._lock:
+            if grammar not in self._compiled:
+                self._compiled[grammar] = self._compile(grammar)
+            self._compiled.move_to_end(grammar)
+            if len(self._compiled) > KEPT_GRAMMARS:
+                self._compiled.popitem(last=False)
+            return Constraint(self._compiled[grammar].deep_copy(), self._tokenizer)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         from llguidance import LLMatcher
@@ -144,9 +147,12 @@ def _source(grammar: Grammar) -> str:
             raise UserError(f"grammar ({grammar.kind}) holds half a surrogate pair: it is no text")
         return LLMatcher.grammar_from_regex(text) if grammar.kind == "regex" else LLMatcher.grammar_from_lark(text)
     schema = {"type": "object"} if grammar.kind == "json" else _read_json(grammar)
-    if not isinstance(schema, dict | bool):
-        raise UserError(f"grammar (json_schema) must be a JSON object, not {json.dumps(schema)[:LONGEST_REASON]}")
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=JSON_OPTIONS)
+    if not isinstance(schema, dict):
+        raise UserError(f"grammar ({grammar.kind}) must be a JSON object, not {grammar.text[:LONGEST_REASON]}")
+    try:
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=JSON_OPTIONS)
+    except ValueError as error:  # what Python's reader takes for JSON and llguidance does not: NaN, half surrogates
+        raise UserError(f"grammar ({grammar.kind}) cannot be compiled: {_first_line(str(error))}") from error
 
 
 def _alternatives(grammar: Grammar) -> str:

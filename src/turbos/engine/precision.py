@@ -43,8 +43,8 @@ class Weights:
     @classmethod
     def prepare(cls, model: LanguageModel, config: EngineConfig) -> Weights:
         """Move and round the model as the options say (in place); UserError where they cannot be honoured."""
-        model = model.to(config.device).eval().requires_grad_(False)
-        if config.device != "cpu":
+        model = model.to(config.device or model.embed_weight.device).eval().requires_grad_(False)
+        if model.embed_weight.device.type != "cpu" and config.precision != "own":
             model = model.to(torch.float32 if config.precision == "fp32" else torch.bfloat16)
         why_torch = _why_torch(model, config)
         if config.path == "fused" and why_torch:
@@ -78,9 +78,9 @@ class Weights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the model's tensors and of the packed ones."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        return sum(tensor.nbytes for tensor in tensors) + (0 if self.packed is None else self.packed.nbytes)
+        """Bytes of the model's tensors and of the packed ones (in fp32 those are the same)."""
+        own = sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
+        return own + (0 if self.packed is None or self.precision == "fp32" else self.packed.nbytes)
 
     @property
     def description(self) -> str:
@@ -93,19 +93,19 @@ class Weights:
 def _why_torch(model: LanguageModel, config: EngineConfig) -> str:
     if config.path == "torch":
         return "path is 'torch'"
-    return refusal(model.config, config.device, model.embed_weight.dtype) or ""
+    return refusal(model.config, model.embed_weight.device, model.embed_weight.dtype) or ""
 
 
 def _precision(model: LanguageModel, config: EngineConfig, fused: bool) -> Held:
     own = NAME_OF.get(model.embed_weight.dtype)
     if own is None:
         raise UserError(f"engine: weights of {model.embed_weight.dtype} are not supported; load the model as fp32")
-    if config.device != "cpu":
+    if model.embed_weight.device.type != "cpu":
         if config.precision == "int8":
             raise UserError("engine: int8 weights are for the CPU; use bf16 or fp32 on an accelerator")
         return own
-    if config.precision == "auto":
-        return "int8" if fused and own == "fp32" else own
+    if config.precision == "own" or (config.precision == "auto" and not (fused and own == "fp32")):
+        return own
     if own != "fp32" and config.precision != own:
         raise UserError(f"engine: precision {config.precision} needs a model loaded as fp32, this one is {own}")
-    return config.precision
+    return "int8" if config.precision == "auto" else config.precision

@@ -68,7 +68,7 @@ class PlaceIndex:
         for whole in reversed(_chain(data)):
             for length in sorted(self._lengths.get(whole, ()), reverse=True):
                 place = _place(whole, data, length)
-                if length <= len(ids) and place in self._places:
+                if place in self._places:
                     yield place
 
 

@@ -93,6 +93,7 @@ class Sampler:
         if self._tags is None and params.thinking_budget is not None:
             raise UserError("thinking_budget needs a tokenizer with <think> and </think> as special tokens")
 
+    @torch.inference_mode()
     def sample(self, logits_BV: Tensor, writers: Sequence[Writer]) -> list[Choice | NoChoice]:
         """The next token of each writer from its row of logits, fp32 `[B, V]`, which are left as they are."""
         finite = _finite(logits_BV)

@@ -53,7 +53,7 @@ class Grammar:
     """What an answer must look like from its first to its last character.
 
     `json_schema`: a schema as JSON; `json`: any JSON object, `text` is empty; `regex`: Rust's syntax, the whole answer
-    matches; `lark`: llguidance's dialect; `choice`: one of a JSON list of strings.
+    matches (`\\d` is a digit of any script); `lark`: llguidance's dialect; `choice`: one of a JSON list of strings.
     """
 
     kind: GrammarKind

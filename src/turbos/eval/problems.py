@@ -23,7 +23,9 @@ from typing import Literal
 from turbos.common.errors import UserError
 from turbos.common.records import Completion, Problem, Verdict
 from turbos.data.problems import FIRST_HELD_OUT_SEED, check, levels, make_problem
-from turbos.model.generate import generate
+from turbos.engine.config import EngineConfig
+from turbos.engine.engine import Engine
+from turbos.engine.sampling_params import SamplingParams
 from turbos.model.lm import LanguageModel
 from turbos.text.chat import Message, parse, prompt_ids
 from turbos.text.tokenizer import END, END_OF_TEXT, Tokenizer
@@ -113,9 +115,16 @@ def answer_problems(
 ) -> list[Answer]:
     """The model's greedy answers to problems, in their order, judged."""
     prompts = [problem_prompt(tokenizer, problem, mode) for problem in problems]
-    completions = generate(model, prompts, max_new_tokens, stop_ids=stop_ids(tokenizer), max_batch=max_batch)
+    engine = problem_engine(model, max_batch)
+    params = SamplingParams(max_new_tokens=max_new_tokens, stop_ids=stop_ids(tokenizer), cache=False)
+    completions = engine.generate(prompts, params)
     pairs = zip(problems, completions, strict=True)
     return [grade(tokenizer, problem, mode, completion) for problem, completion in pairs]
+
+
+def problem_engine(model: LanguageModel, max_batch: int) -> Engine:
+    """An engine that answers with a copy of a model's weights, as they are: nothing is rounded."""
+    return Engine.of_copy(model, config=EngineConfig(precision="own", max_running=max_batch))
 
 
 def problem_prompt(tokenizer: Tokenizer, problem: Problem, mode: Mode) -> list[int]:

@@ -22,8 +22,8 @@ from torch import Tensor
 from turbos.common.errors import UserError
 from turbos.common.records import Completion, Problem, Sample
 from turbos.data.problems import FIRST_HELD_OUT_SEED, families, levels, make_problem
-from turbos.eval.problems import Answer, Mode, grade, problem_prompt, stop_ids
-from turbos.model.generate import generate
+from turbos.engine.sampling_params import SamplingParams
+from turbos.eval.problems import Answer, Mode, grade, problem_engine, problem_prompt, stop_ids
 from turbos.model.lm import LanguageModel
 from turbos.text.tokenizer import Tokenizer
 from turbos.train.problems import ProblemMix
@@ -98,42 +98,27 @@ def sample_groups(
     model: LanguageModel, tokenizer: Tokenizer, tasks: Sequence[Task], config: RolloutConfig, key: str
 ) -> list[Group]:
     """`config.samples` answers to each task, in the order of the tasks, judged."""
-    found: dict[int, tuple[Answer, ...]] = {}
-    # Modes apart: a batch lasts as long as its longest answer.
-    for mode in ("off", "on"):
-        places = [place for place, task in enumerate(tasks) if task.mode == mode]
-        completions = _sample(model, tokenizer, tasks, places, config.token_limit(mode), config, key)
-        for number, place in enumerate(places):
-            siblings = completions[number * config.samples : (number + 1) * config.samples]
-            problem = tasks[place].problem
-            found[place] = tuple(grade(tokenizer, problem, mode, completion) for completion in siblings)
-    return [Group(task, found[place]) for place, task in enumerate(tasks)]
+    prompts, params = [], []
+    for place, task in enumerate(tasks):
+        prompts += [problem_prompt(tokenizer, task.problem, task.mode)] * config.samples
+        params += [_params(tokenizer, task, config, sampling_seed(key, place, n)) for n in range(config.samples)]
+    # The engine reads a group's prompt once and lets its answers begin with copies of that state.
+    completions = problem_engine(model, config.max_batch).generate(prompts, params)
+    groups = []
+    for place, task in enumerate(tasks):
+        siblings = completions[place * config.samples : (place + 1) * config.samples]
+        answers = (grade(tokenizer, task.problem, task.mode, completion) for completion in siblings)
+        groups.append(Group(task, tuple(answers)))
+    return groups
 
 
-def _sample(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    tasks: Sequence[Task],
-    places: Sequence[int],
-    limit: int,
-    config: RolloutConfig,
-    key: str,
-) -> list[Completion]:
-    prompts, seeds = [], []
-    for place in places:
-        prompt = problem_prompt(tokenizer, tasks[place].problem, tasks[place].mode)
-        prompts += [prompt] * config.samples
-        seeds += [sampling_seed(key, place, number) for number in range(config.samples)]
-    if not prompts:
-        return []
-    return generate(
-        model,
-        prompts,
-        limit,
+def _params(tokenizer: Tokenizer, task: Task, config: RolloutConfig, seed: int) -> SamplingParams:
+    return SamplingParams(
+        max_new_tokens=config.token_limit(task.mode),
         temperature=config.temperature,
-        seeds=seeds,
+        seed=seed,
         stop_ids=stop_ids(tokenizer),
-        max_batch=config.max_batch,
+        cache=False,
     )
 
 

@@ -22,6 +22,7 @@ from turbos.model.package import TOKENIZER_FILE, check_vocabulary
 from turbos.text.tokenizer import Tokenizer
 from turbos.verify.checks import CHECKS, packed_is_separate
 from turbos.verify.compare import Routers
+from turbos.verify.engine_rows import engine_rows
 from turbos.verify.implementation import Implementation, OurModel
 from turbos.verify.native import native_rows
 from turbos.verify.peer import load_peer
@@ -86,9 +87,9 @@ def jobs_of(subject: Subject, ours: OurModel) -> tuple[list[Job], list[str]]:
         jobs.append((name, partial(packed_is_separate, subject, packing)))
     jobs += [(name, partial(check, subject)) for name, check in CHECKS]
     if subject.implementation is not ours:
-        return jobs, []
+        return jobs, ["engine: it runs this project's own model only"]
     left_out = []
-    for rows_of in (native_rows, server_rows):
+    for rows_of in (engine_rows, native_rows, server_rows):
         rows, lines = rows_of(subject, ours)
         jobs += rows
         left_out += lines

@@ -55,7 +55,7 @@ class FusedStep:
         if not 1 <= threads <= most:
             raise UserError(f"fused: threads must lie between 1 and {most}, not {threads}")
         self.config, self.packed, self.pool, self.threads = packed.config, packed, pool, threads
-        self._built: Built = build(packed, pool, threads)
+        self.built: Built = build(packed, pool, threads)
         self._call = np.zeros(1, CALL)
         self._parts = (0, 0)
         self._partial: tuple[Tensor, ...] = ()
@@ -67,8 +67,8 @@ class FusedStep:
     ) -> Stepped:
         """Read one token for each row: token `positions_B[b]` (from 0) of the sequence in slot `slots_B[b]`.
 
-        Row b's keys lie on the pages `tables_BP[b, : positions_B[b] // PAGE + 1]`. Errors: ValueError where shapes,
-        slots, tokens or pages cannot be.
+        Row b's keys lie on the pages `tables_BP[b, : positions_B[b] // PAGE + 1]`; short tables are filled up with 0.
+        Errors: ValueError where shapes, slots, tokens or pages cannot be.
         """
         config, batch = self.config, len(tokens_B)
         tokens, slots, positions = (x.to(torch.int64).contiguous() for x in (tokens_B, slots_B, positions_B))
@@ -76,7 +76,7 @@ class FusedStep:
         longest = self._check(tokens, slots, positions, tables)
         hidden_BD = torch.empty(batch, config.hidden_size)
         logits_BV = torch.empty(batch, config.vocab_size)
-        routes = self._built.routers if want_routes else 0
+        routes = self.built.routers if want_routes else 0
         routes_BLK = torch.empty(batch, routes, config.top_k, dtype=torch.int16) if routes else None
         self._make_room(batch, longest // PART + 1)
         call: Any = self._call[0]
@@ -90,7 +90,7 @@ class FusedStep:
         return Stepped(hidden_BD, logits_BV, routes_BLK)
 
     def _run(self) -> None:
-        built = self._built
+        built = self.built
         if self.threads == 1:
             run_alone(built.program, built.matrices, built.sizes, self._call)
             return
@@ -117,17 +117,15 @@ class FusedStep:
         if min(places) < 0:
             raise ValueError(f"fused: positions {places} must not be negative")
         if self.pool.pages_matter:
-            self._check_tables(tables, places)
+            self._check_tables(tables, max(places))
         return max(places)
 
-    def _check_tables(self, tables: Tensor, places: list[int]) -> None:
-        for row, place in enumerate(places):
-            pages = place // PAGE + 1
-            if pages > tables.shape[1]:
-                raise ValueError(f"fused: row {row} at position {place} needs {pages} pages, not {tables.shape[1]}")
-            used = tables[row, :pages]
-            if int(used.min()) < 0 or int(used.max()) >= self.pool.allocator.num_pages:
-                raise ValueError(f"fused: a page of row {row} lies outside 0 .. {self.pool.allocator.num_pages - 1}")
+    def _check_tables(self, tables: Tensor, longest: int) -> None:
+        pages, last = longest // PAGE + 1, self.pool.allocator.num_pages - 1
+        if pages > tables.shape[1]:
+            raise ValueError(f"fused: position {longest} needs {pages} pages, the tables have {tables.shape[1]}")
+        if int(tables.min()) < 0 or int(tables.max()) > last:
+            raise ValueError(f"fused: a page of the tables lies outside 0 .. {last} (fill short tables up with 0)")
 
     def _make_room(self, batch: int, parts: int) -> None:
         """Memory for what parts of the cache leave: grows with the longest context, by half at least."""
@@ -151,6 +149,9 @@ def warm_up(threads: int = 1) -> float:
 
     What takes longer than a second says so on the error output.
     """
+    if threads > 1:
+        # Torch's own pool of threads. The other layers are slower, and one must not be called from two Python threads.
+        numba.config.THREADING_LAYER = "omp"
     run = run_together if threads > 1 else run_alone
     kinds = tuple(numba.typeof(np.zeros(1, record)) for record in (INSTRUCTION, MATRIX, SIZES, CALL))
     start = time.perf_counter()

@@ -39,7 +39,8 @@ def _numba_refusal() -> str | None:
 def threads_refusal() -> str | None:
     """Why only one thread can be used; None where OpenMP is there."""
     try:
-        from numba.np.ufunc import omppool  # type: ignore[import-untyped]
+        # OpenMP's part of numba is compiled code: it is there or it is not.
+        from numba.np.ufunc import omppool  # type: ignore[attr-defined]
     except ImportError as error:
         return f"numba has no OpenMP here ({error}): the fused step runs on one thread"
     return None if omppool.openmp_vendor else "numba's OpenMP is of an unknown make: the fused step runs on one thread"

@@ -334,7 +334,7 @@ def get(typingctx, address, index):  # type: ignore[no-untyped-def]
     """The float at an address and index."""
 
     def body(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.load(pointer(builder, *arguments, FLOAT), align=4)
+        return builder.load(pointer(builder, arguments[0], arguments[1], FLOAT), align=4)
 
     return types.float32(types.int64, types.int64), body
 
@@ -356,7 +356,7 @@ def int8_at(typingctx, address, index):  # type: ignore[no-untyped-def]
     """The int8 at an address and index, as a float."""
 
     def body(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.sitofp(builder.load(pointer(builder, *arguments, ir.IntType(8))), FLOAT)
+        return builder.sitofp(builder.load(pointer(builder, arguments[0], arguments[1], ir.IntType(8))), FLOAT)
 
     return types.float32(types.int64, types.int64), body
 
@@ -366,7 +366,7 @@ def bf16_at(typingctx, address, index):  # type: ignore[no-untyped-def]
     """The bf16 at an address and index, as a float."""
 
     def body(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        bits = builder.load(pointer(builder, *arguments, ir.IntType(16)), align=2)
+        bits = builder.load(pointer(builder, arguments[0], arguments[1], ir.IntType(16)), align=2)
         return builder.bitcast(builder.shl(builder.zext(bits, INT32), ir.Constant(INT32, 16)), FLOAT)
 
     return types.float32(types.int64, types.int64), body
@@ -375,7 +375,7 @@ def bf16_at(typingctx, address, index):  # type: ignore[no-untyped-def]
 def _reader(of: ir.Type, kind: types.Type) -> Any:
     def operation(typingctx, address, index):  # type: ignore[no-untyped-def]
         def body(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            value = builder.load(pointer(builder, *arguments, of), align=of.width // 8)
+            value = builder.load(pointer(builder, arguments[0], arguments[1], of), align=of.width // 8)
             return value if of is INT64 else builder.sext(value, INT64)
 
         return types.int64(types.int64, types.int64), body

@@ -80,9 +80,10 @@ class PackedModel:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all matrices, the memory that fp32 shares with the model included."""
-        tables = [self.head] if self.config.tied else [self.head, self.embedding]
-        return sum(matrix.nbytes for matrix in [*tables, *(m for layer in self.sublayers for m in layer.matrices)])
+        """Bytes of the matrices beside the model's own memory: none in fp32."""
+        if self.precision == "fp32":
+            return 0
+        return self.head.nbytes + sum(matrix.nbytes for layer in self.sublayers for matrix in layer.matrices)
 
     @torch.no_grad()
     def round_to_packed(self, model: LanguageModel) -> None:

@@ -16,11 +16,12 @@ LINE = 64
 
 
 class Workspace:
-    """Keeps every buffer alive that it has handed an address of. Numbers are uninitialised."""
+    """Keeps all memory alive that it has handed an address of; `buffers` are uninitialised."""
 
     def __init__(self) -> None:
         """Empty."""
         self.kept: list[Tensor] = []
+        self.buffers: list[Tensor] = []
 
     def keep(self, tensor: Tensor) -> int:
         """The address of a tensor that must stay where it is."""
@@ -30,7 +31,8 @@ class Workspace:
     def buffer(self, rows: int, width: int, dtype: torch.dtype = torch.float32) -> int:
         """The address of a buffer `[rows, width]`."""
         numbers = rows * width + 2 * LINE // dtype.itemsize
-        address = self.keep(torch.empty(numbers, dtype=dtype))
+        self.buffers.append(torch.empty(numbers, dtype=dtype))
+        address = self.keep(self.buffers[-1])
         return -(-address // LINE) * LINE
 
     def rows_of(self, address: int, rows: int, width: int) -> list[int]:
