@@ -63,6 +63,11 @@ class Terminal:
         """Press keys; `\\r` is Enter."""
         os.write(self._fd, keys.encode())
 
+    def interrupt(self) -> None:
+        """Press Ctrl-C, a moment after the last key: Python's line editor may miss one that comes with it."""
+        time.sleep(0.5)
+        self.send(CTRL_C)
+
     def expect(self, text: str) -> str:
         """Wait until the text is printed; returns all since the last `expect`, up to it."""
         end = time.monotonic() + PATIENCE

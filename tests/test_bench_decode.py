@@ -19,7 +19,7 @@ from turbos.bench.sessions import Sessions
 from turbos.bench.their_sessions import TheirSessions
 from turbos.model.describe import describe
 
-TOKENS = prompt(320, 70)
+TOKENS = prompt(gguf_model("granite, wide").config.vocab_size, 70)
 
 
 def test_the_shape_has_126_million_active_parameters() -> None:
@@ -81,12 +81,8 @@ def test_rows_against_everyone_there(capsys: pytest.CaptureFixture[str]) -> None
         kinds=("f32", "q8_0", "q4_0"), kinds_together=("f32",),
     )  # fmt: skip
     rows = {row.name: row for row in bench_decode(sizes, gguf_model("granite, wide"))}
-    names = [
-        f"decode {precision} {rest}"
-        for rest in ("b1 t1", "b2 t1", "b2 0.125k")
-        for precision in ("fp32", "bf16", "int8")
-    ]
-    assert list(rows) == names
+    rests = ("b1 t1", "b2 t1", "b2 0.125k")
+    assert list(rows) == [f"decode {precision} {rest}" for rest in rests for precision in ("fp32", "bf16", "int8")]
     both = {"transformers", "read floor"}
     assert set(rows["decode fp32 b1 t1"].ratios) == {*both, "llama.cpp"}
     assert set(rows["decode int8 b1 t1"].ratios) == {*both, "llama.cpp", "llama.cpp q4_0"}
@@ -111,4 +107,3 @@ def test_llama_decodes_requests_together(tmp_path: Path) -> None:
     path = decode_field._write_file(gguf_model("granite, wide"), tmp_path, "f32")
     with Worker("llama.cpp", "llama.cpp", Path(sys.executable), path, 1, 96, requests=3) as worker:
         assert worker.decode(TOKENS, 4) > 0
-        assert len(worker.likeliest(TOKENS, 5)) == 5

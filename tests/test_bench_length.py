@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +47,14 @@ def stack() -> Stack:
     return Stack.of(HYBRID, TINY)
 
 
+@pytest.mark.parametrize(
+    "module", ["bench.length", "bench.length_plan", "bench.length_budget", "bench.length_chart", "cli.bench"]
+)
+def test_examples_run(module: str) -> None:
+    found = doctest.testmod(importlib.import_module(f"turbos.{module}"))
+    assert found.attempted > 0 and found.failed == 0
+
+
 def test_shapes_differ_in_their_mixers_alone() -> None:
     require_equal_sizes()
     configs = [shape_config(shape) for shape in SHAPES]
@@ -56,7 +66,7 @@ def test_shapes_differ_in_their_mixers_alone() -> None:
 
 
 def test_unequal_shapes_are_refused() -> None:
-    with pytest.raises(UserError, match="attention has .* are wanted"):
+    with pytest.raises(UserError, match=r"attention has .* are wanted"):
         require_equal_sizes(replace(TINY, ffn_size=512))
 
 
@@ -104,26 +114,21 @@ def test_what_disagrees_is_not_timed(stack: Stack) -> None:
     _require_agreement(stack, sessions, 70)
     other = LanguageModel(stack.config).init_weights(seed=1)
     wrong = replace(stack, packed=pack(other, "int8"))
-    with pytest.raises(RuntimeError, match="hybrid.* at 70 differ"):
+    with pytest.raises(RuntimeError, match=r"hybrid.* at 70 differ"):
         _require_agreement(wrong, wrong.sessions(1, 70, 8), 70)
 
 
 def test_rows_are_named_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = bench_length(Plan((16, 70), budget=40_000_000, rounds=1, segment=32, size=TINY, long_session=None))
+    rows = bench_length(Plan((8, 70), budget=40_000_000, rounds=1, segment=32, size=TINY, long_session=None))
     kinds = ("decode int8", "prefill", "bytes", "aggregate", "aggregate mamba")
-    assert [row.name for row in rows] == [f"{kind} {length}" for length in (16, 70) for kind in kinds]
+    assert [row.name for row in rows] == [f"{kind} {length}" for length in (8, 70) for kind in kinds]
     for row in rows:
         assert set(row.ratios) == ({"attention"} if "mamba" in row.name else {"attention", "mamba"})
         assert row.value > 0 and min(row.ratios.values()) > 0
-    assert rows[2].ratios["attention"] == held_ratio(HYBRID, ATTENTION, 16, TINY) < 1
+    assert rows[2].ratios["attention"] == held_ratio(HYBRID, ATTENTION, 8, TINY) < 1
     told = capsys.readouterr().err
-    assert "bytes 16: the attention twin is not beaten" in told and "(AD)*12, 0.7 M active" in told
+    assert "bytes 8: not better than the attention twin (0.59)" in told and "(AD)*12, 0.7 M active" in told
     assert draw_length(rows, tmp_path / "new" / "length.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_process_tells_its_peak() -> None:
-    row = next(iter(bench_length(Plan((16,), rounds=1, segment=16, size=TINY, long_session=64))[-1:]))
-    assert row.name == "process 64" and 50 < row.value < 2000
 
 
 def test_values_of_others_follow_from_ratios() -> None:
@@ -174,4 +179,4 @@ def test_the_command_prints_rows_and_draws(tmp_path: Path, capsys: pytest.Captur
     assert cli.main(["bench", "length", "--lengths", "64", "--budget", "200MB", "--json", "--png", str(out)]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
     assert {"decode int8 64", "prefill 64", "bytes 64", "aggregate 64", "aggregate mamba 64"} < set(rows)
-    assert out.exists() and rows["process 262144"]["value"] < 2000
+    assert out.exists() and 300 < rows["process 262144"]["value"] < 2000

@@ -150,6 +150,18 @@ def test_scan_states_go_by_age_to_stay_within_bytes() -> None:
     assert small.find((*texts[0], 7)) == Miss("no prefix") and small.metrics.kept == 0
 
 
+def test_without_scans_only_hidden_states_count() -> None:
+    pool = poisoned_pool(tiny_config("AD"), 1, 9)
+    cache, row = StateCache(pool, 30), started(pool)
+    assert pool.ensure(row, 10)
+    for length, hidden in ((4, False), (6, True), (7, True), (8, True), (9, False)):
+        row.length = length
+        cache.keep(range(10), row, torch.ones(3) if hidden else None)
+    assert [hit_of(cache, range(length)).length for length in range(5, 11)] == [4, 4, 7, 8, 8, 9]
+    assert (cache.metrics.snapshots, cache.metrics.scan_bytes, cache.metrics.evictions) == (5, 24, 1)
+    assert hit_of(cache, range(6)).refused == "no last hidden state"
+
+
 def test_pages_are_freed_on_request_and_shorter_states_survive() -> None:
     pool = poisoned_pool(tiny_config("MAD"), 2, 12)
     cache, row = StateCache(pool, MANY), started(pool)

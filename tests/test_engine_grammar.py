@@ -249,6 +249,8 @@ def test_a_token_that_the_grammar_has_not_ends_the_answer_as_an_error() -> None:
     for token in (tiny_tokenizer().encode("x")[0], OPEN, PADDED - 1, tiny_tokenizer().vocab_size):
         writer = sampler().writer(SamplingParams(grammar=Grammar("regex", "ab")), [60], 0, EOS)
         assert writer.accept(token, 0.0).finish == "error" and f"no token {token}" in writer.reason
+        assert writer.constraint is not None and not writer.constraint.may_end
+        assert token >= tiny_tokenizer().vocab_size or not writer.constraint.allowed().any()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from sampling_cases import chi_square, true_distribution, true_token
 from tiny import tiny_tokenizer
 from turbos.common.errors import UserError
 from turbos.engine.choosing import COMPILED, perturbed_argmax, smallest_kept
+from turbos.engine.penalties import TokenCounts, penalise
 from turbos.engine.sampler import BROKEN, NOTHING, Choice, NoChoice, Sampler
 from turbos.engine.sampling_params import Grammar, SamplingParams
 from turbos.engine.writer import Writer
@@ -180,6 +181,40 @@ def test_the_kernel_chooses_what_torchs_noise_chooses_many_times() -> None:
         best_B2 = noise_BV.topk(2).values
         ties += int((best_B2[:, 0] - best_B2[:, 1] < 1e-4).sum())
     assert ties > 0, "the case that rounding decides must have been met"
+
+
+def test_ties_that_rounding_makes_are_torchs_to_decide() -> None:
+    for seed in range(200):
+        noise_V = gumbel_noise(torch.tensor([seed]), torch.tensor([9]), 8)[0]
+        scores_1V = torch.full((1, 8), -INF)
+        # In fp32 the two perturbed scores are nearly always equal; in float64 they never are.
+        scores_1V[0, [2, 5]] = torch.stack([noise_V.max() - noise_V[2], noise_V.max() - noise_V[5]])
+        scores_1V -= scores_1V.max()
+        assert perturbed_argmax(scores_1V, [seed], [9]) == [int((scores_1V[0] + noise_V).argmax())]
+
+
+@given(
+    logits=st.lists(st.floats(-4.0, 4.0, width=32), min_size=12, max_size=12),
+    prompt=st.lists(st.integers(0, 11), max_size=6),
+    ids=st.lists(st.integers(0, 11), max_size=40),
+    repetition=st.sampled_from([0.5, 1.0, 1.7]),
+    presence=st.sampled_from([-0.5, 0.0, 1.0]),
+    frequency=st.sampled_from([0.0, 0.25]),
+)
+def test_penalties_change_each_logit_as_they_should(
+    logits: list[float], prompt: list[int], ids: list[int], repetition: float, presence: float, frequency: float
+) -> None:
+    counts = TokenCounts(prompt)
+    for id in ids:
+        counts.add(id)
+    got = penalise(torch.tensor(logits), counts, repetition, presence, frequency).tolist()
+    for token, (before, after) in enumerate(zip(logits, got, strict=True)):
+        want = before
+        if token in prompt or token in ids:
+            want = before / repetition if before > 0 else before * repetition
+        if token in ids:
+            want -= presence + frequency * ids.count(token)
+        assert after == pytest.approx(want, abs=1e-5)
 
 
 @settings(max_examples=200, deadline=None)

@@ -115,8 +115,8 @@ def test_what_llama_cpp_cannot_run_is_refused_by_name(changes: dict[str, object]
 
 
 def test_an_unknown_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="q4_0"):
-        write_gguf(gguf_model("granite"), tiny_tokenizer(), tmp_path / "model.gguf", "q4_0")
+    with pytest.raises(UserError, match="q5_1"):
+        write_gguf(gguf_model("granite"), tiny_tokenizer(), tmp_path / "model.gguf", "q5_1")
 
 
 @pytest.mark.parametrize(

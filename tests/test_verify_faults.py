@@ -6,7 +6,6 @@ listed as `quiet` must stay green, so that a fault is not found by everything at
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +16,13 @@ from model_cases import tiny_model
 from turbos.model import checkpoint, lm, mixers, state
 from turbos.ops import attention, conv, loss, moe, selective_scan, ssd
 from turbos.verify import native
-from verify_cases import SHAPES, certificate, check_named, failed, plant, saved
+from verify_cases import SHAPES, Fault, certificate, check_named, failed, plant, saved
 
 TRUTH, WHOLE = "float64 truth, each sublayer", "float64 truth, whole"
 PACKED, BATCH, DECODE = "packed == separate", "batch == single", "prefill == decode"
 SEGMENTS, FORKS = "segmented == whole prefill", "forked and restored == live"
 TRAINED, GRADIENTS = "parameters present, used, trained", "gradients: packed == separate"
 TRUE_GRADIENTS = "gradients: float64 truth"
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A changed line, the check that must find it, and what its `where` must say."""
-
-    owner: Any
-    function: str
-    old: str
-    new: str
-    check: str
-    where: str
-    shape: str = "granite"
-    quiet: tuple[str, ...] = ()
 
 
 FAULTS = {

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import inspect
 import textwrap
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from model_cases import tiny_model
-from turbos.model.checkpoint import save_model
-from turbos.verify.certificate import verify
+from turbos.model.checkpoint import load_model, read_family, save_model
+from turbos.verify.certificate import run_check, subject_of, verify
+from turbos.verify.engine_rows import engine_rows
+from turbos.verify.implementation import OurModel
 from turbos.verify.report import Check, Report
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -31,6 +34,21 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mamba1": {"layers": "SFADSF", "capacity_factor": 1.25},
     "turbos": {"layers": "MFADMA", "rope_theta": 10000.0, "qk_norm": True},
 }
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A changed line, the check that must find it, what its `where` must say, and checks that must stay green."""
+
+    owner: Any
+    function: str
+    old: str
+    new: str
+    check: str
+    where: str
+    shape: str = "granite"
+    quiet: tuple[str, ...] = ()
+    changes: dict[str, Any] = field(default_factory=dict)
 
 
 def saved(directory: Path, shape: str, **changes: Any) -> Path:
@@ -53,6 +71,15 @@ def plant(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, old: str, new:
 def certificate(directory: Path, implementation: Any = "turbos") -> Report:
     """The quick certificate."""
     return verify(directory, quick=True, implementation=implementation)
+
+
+def engine_certificate(directory: Path, scratch: Path) -> Report:
+    """The rows of the engine alone, quick."""
+    scratch.mkdir()
+    ours = OurModel(load_model(directory), read_family(directory)[0])
+    jobs, left_out = engine_rows(subject_of(directory, scratch, ours, True, "turbos"), ours)
+    checks = [check for check in (run_check(name, job) for name, job in jobs) if check is not None]
+    return Report(str(directory), "turbos", ours.family.name, tuple(checks), tuple(left_out), 0.0)
 
 
 def check_named(report: Report, name: str) -> Check:

@@ -129,14 +129,14 @@ def row_of(name: str, tokens: int, times: Times) -> Row:
 
 
 def losses(rows: Sequence[Row]) -> Iterator[str]:
-    """A line for each row in which the attention twin is not beaten.
+    """A line for each row that is not better than the attention twin's.
 
     >>> list(losses([Row("prefill 128", 2000.0, "tok/s", {"attention": 0.9}), Row("bytes 2048", 5.3, "MB", {})]))
-    ['prefill 128: the attention twin is not beaten (0.90)']
+    ['prefill 128: not better than the attention twin (0.90)']
     """
     for row in rows:
         if row.ratios.get(ATTENTION.name, 2.0) <= 1:
-            yield f"{row.name}: the attention twin is not beaten ({row.ratios[ATTENTION.name]:.2f})"
+            yield f"{row.name}: not better than the attention twin ({row.ratios[ATTENTION.name]:.2f})"
 
 
 def _process_row(length: int) -> Row:

@@ -179,7 +179,7 @@ class StateCache:
         if known is not None:
             self._kept.move_to_end(place)
             if hidden_D is not None and known.hidden_D is None and self._affords(hidden_D):
-                self._enrich(place, known, hidden_D)
+                self._replace(place, known, hidden_D)
         elif self.pool.layout.state_bytes <= self.limit:
             self._put(place, self.take(row, hidden_D if self._affords(hidden_D) else None))
 
@@ -203,12 +203,13 @@ class StateCache:
         """Whether one state with this hidden state fits at all."""
         return hidden_D is not None and self.pool.layout.state_bytes + hidden_D.nbytes <= self.limit
 
-    def _enrich(self, place: Place, known: Snapshot, hidden_D: Tensor) -> None:
-        """Put the same state with its hidden state in its place; holders of the old snapshot keep that."""
+    def _replace(self, place: Place, known: Snapshot, hidden_D: Tensor | None) -> None:
+        """Put the same state with another hidden state in its place; holders of the old snapshot keep that."""
         for page in known.pages:
             self.pool.allocator.retain(page)
-        self._kept[place] = richer = self.adopt(replace(known, hidden_D=hidden_D.detach().clone()))
-        self._bytes += richer.nbytes - known.nbytes
+        hidden_D = None if hidden_D is None else hidden_D.detach().clone()
+        self._kept[place] = other = self.adopt(replace(known, hidden_D=hidden_D))
+        self._bytes += other.nbytes - known.nbytes
         self.release(known)
         self._shrink()
 
@@ -275,7 +276,12 @@ class StateCache:
     def _shrink(self) -> None:
         """Give up the least recently used states until the rest fits."""
         while self._bytes > self.limit:
-            self._lose(next(place for place, snapshot in self._kept.items() if snapshot.nbytes), "scan evicted")
+            place, snapshot = next((place, snapshot) for place, snapshot in self._kept.items() if snapshot.nbytes)
+            if self.pool.layout.state_bytes:
+                self._lose(place, "scan evicted")
+            else:
+                # Keys alone are of use in a model without scans.
+                self._replace(place, snapshot, None)
             self._evictions += 1
 
     def _lose(self, place: Place, reason: Reason) -> int:

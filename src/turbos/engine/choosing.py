@@ -46,7 +46,7 @@ def perturbed_argmax(
 
 
 def warm_up() -> None:
-    """Compile the kernels (seconds, once on a machine) or read them from numba's cache; without numba, nothing to do."""
+    """Compile the kernels (seconds, once on a machine) or read them from numba's cache; nothing to do without numba."""
     scores_BV = torch.log_softmax(torch.zeros(1, 8), -1)
     perturbed_argmax(scores_BV, [0], [0])
     smallest_kept(scores_BV[0].exp(), 2, 0.5)

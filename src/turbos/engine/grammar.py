@@ -85,8 +85,6 @@ class Constraint:
     def allowed(self) -> NDArray[np.bool_]:
         """Which tokens of the tokenizer may come next, bool `[tokens]`; none after an error."""
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
-        if self._matcher.is_error():
-            return np.zeros(self._vocabulary, np.bool_)
         bits = np.unpackbits(self._bits.view(np.uint8), count=self._vocabulary, bitorder="little").view(np.bool_)
         bits[self._special] = False
         return bits

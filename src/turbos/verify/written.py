@@ -122,6 +122,9 @@ def divergence(model: OurModel, other: OurModel, answers: Sequence[Completion]) 
 
 def compared(subject: Subject, model: OurModel, answers: Sequence[Completion], asks: Sequence[Ask]) -> Verdict:
     """Answers beside the model that the engine held; rows where rounding alone decides are set aside."""
+    cut = next(filter(None, map(_cut_short, range(len(asks)), answers, asks)), "")
+    if cut:
+        return Verdict(False, float("nan"), cut, "")
     tolerance, got, said = SLACK * subject.rounding, told(answers, model.config), say(model, answers, asks)
     ties = router_ties(got, said.reading, subject.routers, tolerance)
     kept_T = written_rows(answers)
@@ -142,6 +145,14 @@ def compared(subject: Subject, model: OurModel, answers: Sequence[Completion], a
     error = float(errors_T.max())
     ok = error <= tolerance
     return Verdict(ok, error, "" if ok else _where(got, said, answers, asks, ~(errors_T <= tolerance)), note)
+
+
+def _cut_short(number: int, answer: Completion, ask: Ask) -> str:
+    """How an answer ended that has not the length it was asked for; empty for others."""
+    if answer.finish == "length" and len(answer.ids) == ask.params.max_new_tokens:
+        return ""
+    reason = f" ({answer.reason})" if answer.reason else ""
+    return f"{named(number, ask)} ended after {len(answer.ids)} tokens as {answer.finish!r}{reason}"
 
 
 def _errors(got: Reading, said: Said) -> Tensor:

@@ -11,7 +11,7 @@ import math
 
 from numba import float32
 
-from turbos.engine.fused.products import ROWS, mix, score_tiles, share
+from turbos.engine.fused.products import AHEAD, ROWS, mix, score_tiles, share
 from turbos.engine.fused.program import PART
 from turbos.engine.fused.rows import norm_row
 from turbos.engine.fused.vectors import (
@@ -117,20 +117,34 @@ def _attend_part(op, sizes, call, b, part, thread):  # type: ignore[no-untyped-d
     _mix_values(op, sizes, call, b, part, count, scores, rows, sizes.weights_rows + 8 * thread * heads)
 
 
+@kernel
+def _page(op, sizes, call, b, place, of_values):  # type: ignore[no-untyped-def]
+    """Where a page's keys or values lie: page number `place` of a sequence (of its last one where it has fewer)."""
+    last = get_int64(call.positions, b) // PAGE
+    page = get_int32(call.tables, b * call.table_width + min(place, last))
+    return (op.values if of_values else op.keys) + 4 * page * PAGE * sizes.kv_heads * sizes.head_dim
+
+
 @inlined
 def _score(op, sizes, call, b, part, count, scores_rows):  # type: ignore[no-untyped-def]
     """Products of every query with a part's keys; up to three beyond `count` are computed of what lies there."""
     width, repeat = sizes.head_dim, sizes.heads // sizes.kv_heads
-    stride = sizes.kv_heads * width
-    for start in range(0, count, PAGE):
-        page = get_int32(call.tables, b * call.table_width + (part * PART + start) // PAGE)
-        keys = op.keys + 4 * page * PAGE * stride
-        for group in range(sizes.kv_heads):
-            queries = sizes.query_rows + 8 * (b * sizes.heads + group * repeat)
-            targets = scores_rows + 8 * group * repeat
-            for s in range(0, min(PAGE, count - start), ROWS):
+    stride, first = sizes.kv_heads * width, part * PART // PAGE
+    size = 4 * PAGE * stride
+    for page in range((count + PAGE - 1) // PAGE):
+        keys, rows = _page(op, sizes, call, b, first + page, False), min(PAGE, count - page * PAGE)
+        # After the part's keys its values are read.
+        done = (page + 1) * PAGE >= count
+        following = _page(op, sizes, call, b, first if done else first + page + 1, done)
+        for s in range(0, rows, ROWS):
+            for group in range(sizes.kv_heads):
+                queries = sizes.query_rows + 8 * (b * sizes.heads + group * repeat)
+                targets = scores_rows + 8 * group * repeat
                 at = keys + 4 * (s * stride + group * width)
-                score_tiles(at, stride, width, 0, queries, targets, repeat, start + s)
+                # Four tokens' keys of all groups lie together, and each group fetches its part of those that follow.
+                ahead = 4 * (s * stride + ROWS * group * width) + AHEAD
+                ahead += keys if ahead < size else following - size
+                score_tiles(at, stride, width, 0, queries, targets, repeat, page * PAGE + s, ahead)
 
 
 @inlined
@@ -155,16 +169,23 @@ def _weigh(scores, count, maxima, sums, place):  # type: ignore[no-untyped-def]
 @inlined
 def _mix_values(op, sizes, call, b, part, count, scores, targets, weights_rows):  # type: ignore[no-untyped-def]
     width, repeat = sizes.head_dim, sizes.heads // sizes.kv_heads
-    stride = sizes.kv_heads * width
-    for start in range(0, count, PAGE):
-        page = get_int32(call.tables, b * call.table_width + (part * PART + start) // PAGE)
-        values = op.values + 4 * page * PAGE * stride
-        for head in range(sizes.heads):
-            put_int64(weights_rows, head, scores + 4 * (head * PART + start))
-        for group in range(sizes.kv_heads):
-            first = 8 * group * repeat
-            rows = min(PAGE, count - start)
-            mix(values + 4 * group * width, stride, rows, width, weights_rows + first, targets + first, repeat)
+    stride, first = sizes.kv_heads * width, part * PART // PAGE
+    size = 4 * PAGE * stride
+    for page in range((count + PAGE - 1) // PAGE):
+        values, rows = _page(op, sizes, call, b, first + page, True), min(PAGE, count - page * PAGE)
+        # After the part's values the next part's keys are read.
+        done = (page + 1) * PAGE >= count
+        following = _page(op, sizes, call, b, first + page + 1, not done)
+        turn = max(0, min(rows, PAGE - AHEAD // (4 * stride)))
+        for half in range(2):
+            begin, end = (0, turn) if half == 0 else (turn, rows)
+            ahead = AHEAD if half == 0 else following - values - size + AHEAD
+            for head in range(sizes.heads):
+                put_int64(weights_rows, head, scores + 4 * (head * PART + page * PAGE + begin))
+            for group in range(sizes.kv_heads):
+                lists = 8 * group * repeat
+                at = values + 4 * (begin * stride + group * width)
+                mix(at, stride, end - begin, width, weights_rows + lists, targets + lists, repeat, ahead)
 
 
 @kernel
@@ -199,4 +220,4 @@ def _join_head(sizes, call, b, head, thread):  # type: ignore[no-untyped-def]
     put_int64(lists, 0, maxima)
     rows = sizes.weights_rows + 8 * thread * heads
     put_int64(rows, 0, target)
-    mix(call.partial + 4 * (b * call.parts * heads + head) * width, heads * width, parts, width, lists, rows, 1)
+    mix(call.partial + 4 * (b * call.parts * heads + head) * width, heads * width, parts, width, lists, rows, 1, AHEAD)

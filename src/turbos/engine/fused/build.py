@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from turbos.engine.fused import huge
 from turbos.engine.fused.program import (
     ATTEND,
     FEED_IN,
@@ -50,6 +51,8 @@ class Built:
 
 def build(packed: PackedModel, pool: StatePool, threads: int) -> Built:
     """The program of a packed model over a pool."""
+    for tensor in (pool.scan_SX, *pool.keys, *pool.values):
+        huge.prefer(tensor, collapse=False)
     workspace = Workspace()
     writer = _Writer(packed.config, workspace)
     scans = {place.sublayer: place for place in pool.layout.scans}

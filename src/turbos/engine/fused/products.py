@@ -14,6 +14,8 @@ ROWS = 4
 """Outputs of a tile."""
 BLOCK = 16
 """Outputs that one thread takes at least: a cache line of results."""
+AHEAD = 8192
+"""Bytes between the weights that are multiplied and those that are fetched."""
 INPUTS = 4 if LANES == 16 else 2
 """Inputs of the largest tile: ROWS * INPUTS sums must fit into the registers (32, or 16 before AVX-512)."""
 
@@ -24,28 +26,28 @@ def _product(kind: int, size: int) -> Any:
     single = product_tile(kind, 1, 1)
 
     @kernel
-    def tiles(weights, stride, width, scales, sources, targets, count, place):  # type: ignore[no-untyped-def]
+    def tiles(weights, stride, width, scales, sources, targets, count, place, ahead):  # type: ignore[no-untyped-def]
         b = 0
         while b + INPUTS <= count:
-            many(weights, stride, width, scales, sources + 8 * b, targets + 8 * b, place)
+            many(weights, stride, width, scales, sources + 8 * b, targets + 8 * b, place, ahead)
             b += INPUTS
         while b + 2 <= count:
-            two(weights, stride, width, scales, sources + 8 * b, targets + 8 * b, place)
+            two(weights, stride, width, scales, sources + 8 * b, targets + 8 * b, place, ahead)
             b += 2
         if b < count:
-            one(weights, stride, width, scales, sources + 8 * b, targets + 8 * b, place)
+            one(weights, stride, width, scales, sources + 8 * b, targets + 8 * b, place, ahead)
 
     @kernel
     def product(weights, scales, width, first, last, sources, targets, count, place):  # type: ignore[no-untyped-def]
         o = first
         while o + ROWS <= last:
             at = weights + o * width * size
-            tiles(at, width, width, scales + 4 * o, sources, targets, count, place + o)
+            tiles(at, width, width, scales + 4 * o, sources, targets, count, place + o, at + AHEAD)
             o += ROWS
         while o < last:
             at = weights + o * width * size
             for b in range(count):
-                single(at, width, width, scales + 4 * o, sources + 8 * b, targets + 8 * b, place + o)
+                single(at, width, width, scales + 4 * o, sources + 8 * b, targets + 8 * b, place + o, at)
             o += 1
 
     return tiles, product
@@ -82,8 +84,11 @@ _RUN = LANES * (4 if LANES == 16 else 2)
 
 
 @kernel
-def mix(rows, stride, count, width, sources, targets, sums):  # type: ignore[no-untyped-def]
-    """Add to each of `sums` listed targets `[width]` the weighted sum of `count` rows; the weights are listed too."""
+def mix(rows, stride, count, width, sources, targets, sums, ahead):  # type: ignore[no-untyped-def]
+    """Add to each of `sums` listed targets `[width]` the weighted sum of `count` rows; the weights are listed too.
+
+    What lies `ahead` bytes after each row is fetched meanwhile.
+    """
     place = 0
     while place < width:
         wide = place + _RUN <= width
@@ -91,21 +96,21 @@ def mix(rows, stride, count, width, sources, targets, sums):  # type: ignore[no-
         b = 0
         while b + INPUTS <= sums:
             if wide:
-                _mix_many(rows, stride, count, sources + 8 * b, targets + 8 * b, place, end)
+                _mix_many(rows, stride, count, sources + 8 * b, targets + 8 * b, place, end, ahead)
             else:
-                _mix_many_last(rows, stride, count, sources + 8 * b, targets + 8 * b, place, end)
+                _mix_many_last(rows, stride, count, sources + 8 * b, targets + 8 * b, place, end, ahead)
             b += INPUTS
         while b + 2 <= sums:
             if wide:
-                _mix_two(rows, stride, count, sources + 8 * b, targets + 8 * b, place, end)
+                _mix_two(rows, stride, count, sources + 8 * b, targets + 8 * b, place, end, ahead)
             else:
-                _mix_two_last(rows, stride, count, sources + 8 * b, targets + 8 * b, place, end)
+                _mix_two_last(rows, stride, count, sources + 8 * b, targets + 8 * b, place, end, ahead)
             b += 2
         if b < sums:
             if wide:
-                _mix_one(rows, stride, count, sources + 8 * b, targets + 8 * b, place, end)
+                _mix_one(rows, stride, count, sources + 8 * b, targets + 8 * b, place, end, ahead)
             else:
-                _mix_one_last(rows, stride, count, sources + 8 * b, targets + 8 * b, place, end)
+                _mix_one_last(rows, stride, count, sources + 8 * b, targets + 8 * b, place, end, ahead)
         place = end
 
 

@@ -9,9 +9,11 @@ import math
 
 from numba import float32
 
-from turbos.engine.fused.products import share
+from turbos.engine.fused.products import AHEAD, share
 from turbos.engine.fused.vectors import (
     LANES,
+    LINE,
+    fetch,
     fma,
     get,
     get_int64,
@@ -108,6 +110,11 @@ def _advance(state, decay, dt, x_at, b_at, c_at, y_at, width, size):  # type: ig
         y0 = y1 = y2 = y3 = zeros()
         for n in range(0, size, LANES):
             b, c = load(b_at, n, size), load(c_at, n, size)
+            ahead = r0 + AHEAD + 16 * n
+            fetch(ahead)
+            fetch(ahead + LINE)
+            fetch(ahead + 2 * LINE)
+            fetch(ahead + 3 * LINE)
             s0 = fma(x0, b, mul(a, load(r0, n, size)))
             s1 = fma(x1, b, mul(a, load(r1, n, size)))
             s2 = fma(x2, b, mul(a, load(r2, n, size)))

@@ -22,17 +22,19 @@ from turbos.engine.fused.vectors import (
     INT32,
     INT64,
     LANES,
+    LINE,
     VECTOR,
     constant_vector,
     first_lanes,
-    halve,
     load_masked,
     load_vector,
     multiply_add,
     pointer,
+    prefetch,
     spread,
     store_masked,
     sum_four,
+    sum_lanes,
     zero_of,
 )
 
@@ -40,6 +42,7 @@ FP32, BF16, INT8 = 0, 1, 2
 """Kinds of weights."""
 
 INT8_TYPE, INT16 = ir.IntType(8), ir.IntType(16)
+_SIZE = {FP32: 4, BF16: 2, INT8: 1}
 _ELEMENT = {FP32: (FLOAT, "f32"), BF16: (INT16, "i16"), INT8: (INT8_TYPE, "i8")}
 
 
@@ -68,12 +71,15 @@ def product_tile(kind: int, rows: int, batch: int) -> Any:
     """A compiled-in function for a tile of `rows` outputs (1 or 4) and `batch` inputs.
 
     Arguments: address of the first weight, elements between rows, inputs per row, address of the first scale (read for
-    int8 only), address of a list of input addresses, of a list of output addresses, and the outputs' first place.
+    int8 only), address of a list of input addresses, of a list of output addresses, the outputs' first place, and the
+    address from which as many bytes as the tile reads are fetched into the cache meanwhile: rows are short, and the
+    processor's own prefetching starts anew with each.
     """
+    lines = rows * LANES * _SIZE[kind] // LINE
 
-    def tile(typingctx, weights, stride, width, scales, sources, targets, place):  # type: ignore[no-untyped-def]
+    def tile(typingctx, weights, stride, width, scales, sources, targets, place, ahead):  # type: ignore[no-untyped-def]
         def body(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            weights, stride, width, scales, sources, targets, place = arguments
+            weights, stride, width, scales, sources, targets, place, ahead = arguments
             starts = [
                 pointer(builder, weights, builder.mul(stride, ir.Constant(INT64, row)), _ELEMENT[kind][0])
                 for row in range(rows)
@@ -85,6 +91,9 @@ def product_tile(kind: int, rows: int, batch: int) -> Any:
                 places = [pointer(builder, address, index, FLOAT) for address in inputs]
                 if mask is None:
                     xs = [load_vector(builder, x) for x in places]
+                    start = builder.add(ahead, builder.mul(index, ir.Constant(INT64, rows * _SIZE[kind])))
+                    for line in range(lines):
+                        prefetch(builder, builder.add(start, ir.Constant(INT64, line * LINE)))
                 else:
                     xs = [load_masked(builder, x, mask, VECTOR, "f32") for x in places]
                 for row, start in enumerate(starts):
@@ -106,14 +115,14 @@ def product_tile(kind: int, rows: int, batch: int) -> Any:
                 _store_sums(builder, kind, vectors, scales, pointer(builder, output, place, FLOAT))
             return context.get_dummy_value()
 
-        return types.void(*(types.int64,) * 7), body
+        return types.void(*(types.int64,) * 8), body
 
     return intrinsic(tile)
 
 
 def _store_sums(builder: ir.IRBuilder, kind: int, vectors: list[ir.Value], scales: ir.Value, place: ir.Value) -> None:
     if len(vectors) == 1:
-        sums = halve(builder, vectors[0], builder.fadd)
+        sums = sum_lanes(builder, vectors[0])
     else:
         sums = sum_four(builder, vectors)
         place = builder.bitcast(place, sums.type.as_pointer())
@@ -127,12 +136,13 @@ def mixing_tile(batch: int, vectors: int) -> Any:
     """A compiled-in function for `batch` weighted sums of a run of each row: `vectors` vectors, the last one masked.
 
     Arguments: address of the first row, elements between rows, rows, address of a list of addresses of row weights, of
-    a list of output addresses, the run's first place, and its end. What is at the outputs is added to.
+    a list of output addresses, the run's first place, its end, and the address from which as many bytes as the tile
+    reads are fetched into the cache meanwhile. What is at the outputs is added to.
     """
 
-    def tile(typingctx, rows, stride, count, sources, targets, place, end):  # type: ignore[no-untyped-def]
+    def tile(typingctx, rows, stride, count, sources, targets, place, end, ahead):  # type: ignore[no-untyped-def]
         def body(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            rows, stride, count, sources, targets, place, end = arguments
+            rows, stride, count, sources, targets, place, end, ahead = arguments
             shares, outputs = _addresses(builder, sources, batch), _addresses(builder, targets, batch)
             steps = [ir.Constant(INT64, number * LANES) for number in range(vectors)]
             last = builder.sub(end, builder.add(place, steps[-1]))
@@ -148,7 +158,11 @@ def mixing_tile(batch: int, vectors: int) -> Any:
             sums = [cgutils.alloca_once_value(builder, value) for end in ends for value in read(end)]
             first = pointer(builder, rows, place, FLOAT)
             with cgutils.for_range(builder, count, intp=INT64) as loop:
-                parts = read(builder.gep(first, [builder.mul(loop.index, stride)]))
+                row = builder.gep(first, [builder.mul(loop.index, stride)])
+                start = builder.add(ahead, builder.mul(loop.index, ir.Constant(INT64, 4 * vectors * LANES)))
+                for line in range(-(-4 * vectors * LANES // LINE)):
+                    prefetch(builder, builder.add(start, ir.Constant(INT64, line * LINE)))
+                parts = read(row)
                 for number, share in enumerate(shares):
                     factor = spread(builder, builder.load(pointer(builder, share, loop.index, FLOAT), align=4))
                     for part, at in zip(parts, sums[number * vectors :], strict=False):
@@ -160,6 +174,6 @@ def mixing_tile(batch: int, vectors: int) -> Any:
                     )
             return context.get_dummy_value()
 
-        return types.void(*(types.int64,) * 7), body
+        return types.void(*(types.int64,) * 8), body
 
     return intrinsic(tile)

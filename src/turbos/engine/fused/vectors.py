@@ -41,6 +41,9 @@ def _features() -> str:
 LANES = lanes_of(numba_config.CPU_NAME or llvm.get_host_cpu_name(), _features())
 """Floats in a vector of this machine."""
 
+LINE = 64
+"""Bytes of a cache line."""
+
 FLOAT, INT32, INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 VECTOR = ir.VectorType(FLOAT, LANES)
 MASK = ir.VectorType(ir.IntType(1), LANES)
@@ -112,6 +115,13 @@ def store_masked(builder: ir.IRBuilder, value: ir.Value, place: ir.Value, mask: 
     call(builder, f"llvm.masked.store.{name}.p0{name}", ir.VoidType(), value, typed, ir.Constant(INT32, 4), mask)
 
 
+def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Ask for the cache line of an address; one that does not exist does no harm."""
+    place = builder.inttoptr(address, ir.IntType(8).as_pointer())
+    read, near, data = (ir.Constant(INT32, value) for value in (0, 3, 1))
+    call(builder, "llvm.prefetch.p0i8", ir.VoidType(), place, read, near, data)
+
+
 def zero_of(kind: ir.Type) -> ir.Constant:
     """Zero of any type."""
     return ir.Constant(kind, None)
@@ -160,6 +170,17 @@ def store(typingctx, address, index, stop, value):  # type: ignore[no-untyped-de
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64, VECTOR_TYPE), body
+
+
+@intrinsic
+def fetch(typingctx, address):  # type: ignore[no-untyped-def]
+    """Ask for the cache line of an address (that may not exist)."""
+
+    def body(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        prefetch(builder, arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), body
 
 
 @intrinsic
@@ -218,18 +239,9 @@ def maximum(typingctx, a, b):  # type: ignore[no-untyped-def]
     return VECTOR_TYPE(VECTOR_TYPE, VECTOR_TYPE), body
 
 
-def halve(builder: ir.IRBuilder, vector: ir.Value, combine: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
-    """Combine all lanes of a vector: its upper half with its lower half, until one is left."""
-    while vector.type.count > 1:
-        half = vector.type.count // 2
-        parts = [
-            builder.shuffle_vector(
-                vector, ir.Constant(vector.type, ir.Undefined), constant_vector([*range(first, first + half)], INT32)
-            )
-            for first in (0, half)
-        ]
-        vector = combine(*parts)
-    return builder.extract_element(vector, ir.Constant(INT32, 0))
+def _halves(builder: ir.IRBuilder, vector: ir.Value) -> list[ir.Value]:
+    half = vector.type.count // 2
+    return [_pick(builder, vector, vector, [*range(first, first + half)]) for first in (0, half)]
 
 
 @intrinsic
@@ -237,7 +249,7 @@ def total(typingctx, vector):  # type: ignore[no-untyped-def]
     """Sum of the lanes."""
 
     def body(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return halve(builder, arguments[0], builder.fadd)
+        return sum_lanes(builder, arguments[0])
 
     return types.float32(VECTOR_TYPE), body
 
@@ -247,35 +259,48 @@ def largest(typingctx, vector):  # type: ignore[no-untyped-def]
     """Largest lane."""
 
     def body(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        def larger(a: ir.Value, b: ir.Value) -> ir.Value:
-            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
-
-        return halve(builder, arguments[0], larger)
+        vector = arguments[0]
+        while vector.type.count > 1:
+            a, b = _halves(builder, vector)
+            vector = builder.select(builder.fcmp_ordered(">", a, b), a, b)
+        return builder.extract_element(vector, ir.Constant(INT32, 0))
 
     return types.float32(VECTOR_TYPE), body
 
 
 def sum_four(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
-    """Sums of the lanes of four vectors, `<4 x float>`; each is added up in the order of `halve`."""
+    """Sums of the lanes of four vectors, `<4 x float>`; each is added up in the order of `sum_lanes`.
+
+    Runs of four lanes are combined first: that needs no moves across a register, which are slow.
+    """
     a, b, c, d = vectors
-    vector = _fold(builder, _fold(builder, a, b, 1), _fold(builder, c, d, 1), 2)
+    pairs = [_fold(builder, x, y, [0, 0, 1, 1], [2, 2, 3, 3]) for x, y in ((a, b), (c, d))]
+    return _add_runs(builder, _fold(builder, *pairs, [0, 1, 0, 1], [2, 3, 2, 3]))
+
+
+def _fold(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, low: list[int], high: list[int]) -> ir.Value:
+    """In each run of four lanes: lanes `low` plus lanes `high`, of a and b in turn, or of a and then b."""
+    order = [0, 1, 0, 1] if low[0] == low[1] else [0, 0, 1, 1]
+    picks = []
+    for lanes in (low, high):
+        chosen = [run + lane + LANES * of for run in range(0, LANES, 4) for lane, of in zip(lanes, order, strict=True)]
+        picks.append(_pick(builder, a, b, chosen))
+    return builder.fadd(*picks)
+
+
+def _add_runs(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+    """The runs of four lanes added up: upper half to lower half, until one is left."""
     while vector.type.count > 4:
-        low = _first_halves(vector.type.count // 4, 4)
-        high = [lane + vector.type.count // 8 for lane in low]
-        undefined = ir.Constant(vector.type, ir.Undefined)
-        vector = builder.fadd(_pick(builder, vector, undefined, low), _pick(builder, vector, undefined, high))
+        vector = builder.fadd(*_halves(builder, vector))
     return vector
 
 
-def _fold(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, runs: int) -> ir.Value:
-    """Two vectors of `runs` runs each -> one of all their runs, half as long: the halves of a run are added."""
-    low = _first_halves(a.type.count // runs, 2 * runs)
-    high = [lane + a.type.count // runs // 2 for lane in low]
-    return builder.fadd(_pick(builder, a, b, low), _pick(builder, a, b, high))
-
-
-def _first_halves(width: int, runs: int) -> list[int]:
-    return [run * width + lane for run in range(runs) for lane in range(width // 2)]
+def sum_lanes(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+    """Sum of the lanes of a vector: lanes two apart in each run of four, then neighbours, then runs."""
+    for swapped in ([2, 3, 0, 1], [1, 0, 3, 2]):
+        lanes = [run + lane for run in range(0, LANES, 4) for lane in swapped]
+        vector = builder.fadd(vector, _pick(builder, vector, vector, lanes))
+    return builder.extract_element(_add_runs(builder, vector), ir.Constant(INT32, 0))
 
 
 def _pick(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, lanes: list[int]) -> ir.Value:

@@ -11,7 +11,7 @@ numbers back into the model, so that a prompt is read with the same numbers as t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from turbos.common.errors import UserError
+from turbos.engine.fused import huge
 from turbos.model.config import ModelConfig
 from turbos.model.lm import LanguageModel, Sublayer
 from turbos.model.mixers import Attention, DenseFFN, Experts, Mamba2
 
 Precision = Literal["fp32", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8")
+_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,24 @@ class PackedModel:
             weight.copy_(matrix.dequantised().view_as(weight))
 
 
+class _Arena:
+    """One block of memory on large pages, from which tensors of one dtype are cut."""
+
+    def __init__(self, numbers: int, dtype: torch.dtype) -> None:
+        self._rest = huge.empty(numbers, dtype)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A tensor's numbers, moved here."""
+        copy = self._rest[: tensor.numel()].view(tensor.shape).copy_(tensor)
+        self._rest = self._rest[_room(tensor) :]
+        return copy
+
+
+def _room(tensor: Tensor) -> int:
+    """Numbers that a tensor takes of an arena: rows of cache lines, whatever its dtype."""
+    return -(-tensor.numel() // 64) * 64
+
+
 def pack_matrix(weight: Tensor, precision: Precision) -> Matrix:
     """A weight `[..., rows, width]` as a matrix; int8 is scaled so that each row's largest number is 127."""
     flat = weight.detach().reshape(-1, weight.shape[-1]).contiguous()
@@ -118,11 +138,21 @@ def pack(model: LanguageModel, precision: Precision) -> PackedModel:
     weight = model.embed_weight
     if weight.dtype != torch.float32 or weight.device.type != "cpu":
         raise UserError(f"fused: packs fp32 models on the CPU, this one is {weight.dtype} on {weight.device}")
-    head = pack_matrix(model.head_weight, precision)
+    weights = [model.head_weight, *(w for layer in model.sublayers for w in _weights_of(cast(Sublayer, layer)))]
+    if precision == "fp32":
+        for weight in weights:
+            huge.prefer(weight.detach(), collapse=True)
+    arena = _Arena(0 if precision == "fp32" else sum(map(_room, weights)), _DTYPES[precision])
+
+    def packed(weight: Tensor) -> Matrix:
+        matrix = pack_matrix(weight, precision)
+        return matrix if precision == "fp32" else Matrix(arena.copy(matrix.weights), matrix.scales)
+
+    head = packed(model.head_weight)
     return PackedModel(
         config=model.config,
         precision=precision,
-        sublayers=tuple(_pack_sublayer(cast(Sublayer, sublayer), precision) for sublayer in model.sublayers),
+        sublayers=tuple(_pack_sublayer(cast(Sublayer, sublayer), packed) for sublayer in model.sublayers),
         norm_D=_copy(model.norm_weight),
         embedding=head if model.config.tied else pack_matrix(model.embed_weight, "fp32"),
         head=head,
@@ -150,9 +180,9 @@ def _weights_of(sublayer: Sublayer) -> Iterator[Tensor]:
         raise UserError(f"fused: sublayers of kind {sublayer.kind} are not among M, A, F and D")
 
 
-def _pack_sublayer(sublayer: Sublayer, precision: Precision) -> PackedSublayer:
+def _pack_sublayer(sublayer: Sublayer, packed: Callable[[Tensor], Matrix]) -> PackedSublayer:
     mixer, norm_D = sublayer.mixer, _copy(sublayer.norm_weight)
-    matrices = tuple(pack_matrix(weight, precision) for weight in _weights_of(sublayer))
+    matrices = tuple(map(packed, _weights_of(sublayer)))
     if isinstance(mixer, Mamba2):
         return PackedSublayer(
             "M",
