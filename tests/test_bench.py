@@ -61,12 +61,15 @@ def test_scans_agree_with_transformers_before_they_are_timed(monkeypatch: pytest
 def test_bench_rows_become_a_result_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"name": "train 2048", "value": 700.0, "unit": "tok/s", "ratios": {"transformers": 1.5}}]
     result = collect.bench_result("train", json.dumps({"rows": rows}))
+    budgeted = collect.bench_result("length", json.dumps({"rows": rows}), "--budget 4GiB")
+    assert (budgeted.name, budgeted.command) == ("bench-length", "turbos bench length --budget 4GiB")
     monkeypatch.chdir(tmp_path)
     path = collect.write_result(result, tmp_path)
     again = read_result(path)
     assert again == result
     assert again.columns == ("measurement", "value", "unit", "times transformers")
     assert again.rows == (("train 2048", 700.0, "tok/s", 1.5),)
+    assert again.command == "turbos bench train"
 
 
 def test_demo_runs_become_means_over_seeds(tmp_path: Path) -> None:

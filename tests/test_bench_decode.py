@@ -13,17 +13,19 @@ from turbos.bench import decode_field
 from turbos.bench.contestants import Worker
 from turbos.bench.decode import SHAPE, Sizes, bench_decode, reading
 from turbos.bench.decode_field import Field, Ours, compare_precisions
-from turbos.bench.peers import bench_model, load_transformers, save_for_peers
+from turbos.bench.peers import load_transformers, save_for_peers
 from turbos.bench.prefill import prompt
 from turbos.bench.sessions import Sessions
 from turbos.bench.their_sessions import TheirSessions
+from turbos.common.config import load_recipe
+from turbos.model.config import ModelConfig
 from turbos.model.describe import describe
 
 TOKENS = prompt(gguf_model("granite, wide").config.vocab_size, 70)
 
 
 def test_the_shape_has_126_million_active_parameters() -> None:
-    active = describe(bench_model(SHAPE).config).active_params
+    active = describe(load_recipe(ModelConfig, "model", SHAPE, [])).active_params
     assert 125e6 < active < 128e6
 
 
@@ -82,13 +84,17 @@ def test_rows_against_everyone_there(capsys: pytest.CaptureFixture[str]) -> None
     )  # fmt: skip
     rows = {row.name: row for row in bench_decode(sizes, gguf_model("granite, wide"))}
     rests = ("b1 t1", "b2 t1", "b2 0.125k")
-    assert list(rows) == [f"decode {precision} {rest}" for rest in rests for precision in ("fp32", "bf16", "int8")]
+    fused = [f"decode {precision} {rest}" for rest in rests for precision in ("fp32", "bf16", "int8")]
+    engine = ["engine int8 b1 t1", "engine int8 b2 t1", "engine fork 8 of 48", "engine 64 requests"]
+    assert list(rows) == fused + engine
     both = {"transformers", "read floor"}
     assert set(rows["decode fp32 b1 t1"].ratios) == {*both, "llama.cpp"}
     assert set(rows["decode int8 b1 t1"].ratios) == {*both, "llama.cpp", "llama.cpp q4_0"}
     assert set(rows["decode int8 b2 t1"].ratios) == both
     assert set(rows["decode fp32 b2 0.125k"].ratios) == both
-    assert all(row.value > 0 and min(row.ratios.values()) > 0 for row in rows.values())
+    assert all(row.value > 0 and all(ratio > 0 for ratio in row.ratios.values()) for row in rows.values())
+    assert 0.01 < rows["engine int8 b2 t1"].ratios["fused step"] < 1.5
+    assert rows["engine fork 8 of 48"].ratios["prefills"] > 1.5 and 1 <= rows["engine 64 requests"].value < 3
     assert "int8 against fp32, untrained weights: KL" in capsys.readouterr().err
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import io
 import json
 import re
@@ -10,16 +11,23 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from terminals import CTRL_D, Terminal
 from tiny import save_tiny, tiny_model, tiny_tokenizer
+from turbos.cli import chat_screen, engine_options, speed, terminal
 from turbos.cli.chat import COMMANDS
 from turbos.cli.chat_file import load_messages
+from turbos.cli.chat_session import ChatSession
+from turbos.cli.engine_options import read_think
 from turbos.cli.main import main
 from turbos.cli.terminal import printable
 from turbos.common.errors import UserError
+from turbos.engine.config import EngineConfig
+from turbos.engine.engine import Engine
+from turbos.engine.sampling_params import SamplingParams
 from turbos.model.card import Card
 from turbos.model.generate import generate
 from turbos.model.package import load_package, write_package
@@ -245,6 +253,24 @@ def test_a_conversation_longer_than_memory_is_told(checkpoint: str, talk: Talker
     assert len(found.reads) == 1 and found.code == 0
 
 
+def test_a_wish_to_stop_is_heard_while_a_long_question_is_read(checkpoint: str) -> None:
+    engine = Engine.from_checkpoint(checkpoint, EngineConfig(path="torch", memory=1 << 26, segment=64))
+    session = ChatSession(engine, SamplingParams(max_new_tokens=4), read_think("auto"))
+    shown: list[object] = []
+    asked = iter([False, False, True, True])
+    answer = session.ask("add 12 and 34 " * 300, lambda part, _: shown.append(part), lambda: next(asked))
+    assert (answer.message, answer.finish, shown, session.messages) == (None, "cancelled", [], ())
+    assert answer.speed.read == 2 * 64 and not engine.busy
+    answer = session.ask("gcd", lambda part, _: shown.append(part), lambda: False)
+    assert answer.message is not None and session.messages == (Message("user", "gcd"), answer.message)
+
+
+@pytest.mark.parametrize("module", [chat_screen, engine_options, speed, terminal])
+def test_examples_hold(module: ModuleType) -> None:
+    outcome = doctest.testmod(module)
+    assert outcome.attempted and not outcome.failed
+
+
 # Foreign layouts
 
 
@@ -338,9 +364,12 @@ def test_a_terminal_folds_thinking_and_stops_on_ctrl_c(checkpoint: str) -> None:
         terminal.interrupt()
         terminal.expect("Ctrl-C again leaves")
         terminal.expect("> ")
+        terminal.send("/think on\r")
+        terminal.expect("thinking: on")
+        terminal.expect("> ")
         # One that was answered by a question counts no more; two in a row leave.
         terminal.send("and 18?\r")
-        terminal.expect("\r\n\x1b[?2004l")
+        terminal.expect("\r\x1b[K\x1b[2mthinking ... 2")
         terminal.interrupt()
         terminal.expect("stopped (Ctrl-C again leaves)")
         terminal.expect("> ")

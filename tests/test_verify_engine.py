@@ -13,7 +13,7 @@ import torch
 
 from model_cases import tiny_model
 from turbos.common.records import Completion
-from turbos.engine import cache, engine, pool, runner, sampler, snapshot, view, writer
+from turbos.engine import cache, engine, pool, runner, sampler, sessions, view, writer
 from turbos.engine.fused import build, weights
 from turbos.engine.scheduler import Scheduler
 from turbos.model.checkpoint import save_model
@@ -33,7 +33,7 @@ MAMBA, EXPERTS, ATTENTION = "sublayers.0 (Mamba2", "sublayers.1 (mixture of expe
 FAULTS = {
     "a scan state is not zeroed": Fault(
         *(pool.StatePool, "alloc_slot", "self.scan_SX[slot].zero_()", "pass"),
-        *(TORCH, f"log-probability |a stack that ends with {MAMBA}"),
+        *(TORCH, f"a stack that ends with {MAMBA}"),
     ),
     "a conv state is not zeroed": Fault(
         *(pool.StatePool, "alloc_slot", "self.conv_SX[slot].zero_()", "pass"),
@@ -51,10 +51,14 @@ FAULTS = {
     "copy on write copies the keys of another page": Fault(
         *(pool.StatePool, "_own_copy", "self.copy_page(page, copy)", "self.copy_page(0, copy)"),
         *(KEPT, "branched off in the middle, token 0 first: "),
-        quiet=(FUSED,),
     ),
     "pages are gathered in another order": Fault(
-        *(view.PagedKeyValues, "_first", "self.tables.pages_BP[:, :pages]]", "self.tables.pages_BP[:, :pages].flip(1)]"),
+        *(
+            view.PagedKeyValues,
+            "_first",
+            "self.tables.pages_BP[:, :pages]]",
+            "self.tables.pages_BP[:, :pages].flip(1)]",
+        ),
         *(TORCH, f"a stack that ends with {ATTENTION}"),
     ),
     "the fused step gets pages in another order": Fault(
@@ -64,7 +68,7 @@ FAULTS = {
     ),
     "one entry of a page table is another row's": Fault(
         *(runner.Runner, "_fused", "[[*row.table, ", "[[*rows[0].table[:1], *row.table[1:], "),
-        *(ALONE, "answer 1 (prompt of 62 tokens, seed 31), token "),
+        *(ALONE, "answer 0 (prompt of 62 tokens, seed 30), token 1 first: "),
         quiet=(TORCH, KEPT),
     ),
     "positions in the fused step are one behind": Fault(
@@ -138,11 +142,21 @@ FAULTS = {
         quiet=(TORCH, KEPT, FUSED, ALONE),
     ),
     "noise by the place in the batch": Fault(
-        *(sampler.Sampler, "_drawn", "[writer.seed for writer in writers]", "[row for row, writer in enumerate(writers)]"),
-        *(ALONE, "token 0 first: "),
+        *(
+            sampler.Sampler,
+            "_drawn",
+            "[writer.seed for writer in writers]",
+            "[row for row, writer in enumerate(writers)]",
+        ),
+        *(ALONE, "answer 1 (prompt of 62 tokens, seed 31), token "),
     ),
     "noise by the number of written tokens": Fault(
-        *(sampler.Sampler, "_drawn", "[writer.position for writer in writers]", "[len(writer.ids) for writer in writers]"),
+        *(
+            sampler.Sampler,
+            "_drawn",
+            "[writer.position for writer in writers]",
+            "[len(writer.ids) for writer in writers]",
+        ),
         *(TORCH, "token 0 first: token |, the model chooses |a stack without sublayers differs too"),
         quiet=(KEPT, ALONE, ALONE_INT8, KEPT_INT8),
     ),
@@ -152,7 +166,12 @@ FAULTS = {
         quiet=(KEPT, KEPT_INT8),
     ),
     "an answer that stepped back reads on with what it wrote last": Fault(
-        *(engine.Engine, "_write", "sequence.ids(row.length, row.length + 1)[0]", "sequence.ids(0, sequence.total)[-1]"),
+        *(
+            engine.Engine,
+            "_write",
+            "sequence.ids(row.length, row.length + 1)[0]",
+            "sequence.ids(0, sequence.total)[-1]",
+        ),
         *(FUSED, "answer 2 (prompt of 62 tokens, seed 32), token "),
         quiet=(KEPT, KEPT_INT8),
     ),
@@ -163,7 +182,6 @@ FAULTS = {
     "a kept state is one token short": Fault(
         *(cache.StateCache, "restore", "row.length = snapshot.length", "row.length = snapshot.length - 1"),
         *(KEPT, "branched off in the middle: 67 of 68 tokens came from a kept state"),
-        quiet=(TORCH,),
     ),
     "nothing is ever found": Fault(
         *(Scheduler, "_known", "isinstance(found, Hit)", "False"),
@@ -171,13 +189,13 @@ FAULTS = {
         quiet=(TORCH, FUSED, INT8, ALONE),
     ),
     "a file's keys go to other pages": Fault(
-        *(snapshot, "load_session", "zip(snapshot.pages, tensors", "zip(snapshot.pages[::-1], tensors"),
+        *(sessions, "load_session", "zip(snapshot.pages, tensors", "zip(snapshot.pages[::-1], tensors"),
         *(KEPT, "restored from a file, token 0 first: |(1 of 7 answers differ)"),
         quiet=(TORCH, FUSED, INT8, ALONE),
     ),
     "a stop is one token late": Fault(
         *(writer.Writer, "accept", "len(self.ids) == self.params.max_new_tokens", "len(self.ids) > 99"),
-        *(TORCH, "answers never ended"),
+        *(TORCH, "answer 0 (prompt of 62 tokens, seed 30) ended after 100 tokens as 'length'"),
     ),
 }
 
@@ -187,7 +205,7 @@ def test_a_planted_fault_is_found_and_named(name: str, tmp_path: Path, monkeypat
     fault = FAULTS[name]
     directory = saved(tmp_path / "model", fault.shape, **fault.changes)
     plant(monkeypatch, fault.owner, fault.function, fault.old, fault.new)
-    report = engine_certificate(directory, tmp_path / "scratch")
+    report = engine_certificate(directory, tmp_path / "scratch", (fault.check, *fault.quiet))
     check = check_named(report, fault.check)
     assert not report.ok and not check.ok, failed(report)
     for words in fault.where.split("|"):
@@ -242,6 +260,19 @@ def test_the_model_that_is_verified_stays_as_it_is(tmp_path: Path) -> None:
     report = verify(saved(tmp_path / "model", "granite"), quick=True)
     assert check_named(report, "save -> load == original").ok
     assert check_named(report, "parameters present, used, trained").ok
+
+
+def test_what_an_engine_refuses_is_a_row_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("turbos.engine.memory.available_memory", lambda device: 1000)
+    report = engine_certificate(saved(tmp_path / "model", "llama"), tmp_path / "scratch", (TORCH, KEPT))
+    assert len(report.checks) == 2 and not any(check.ok for check in report.checks)
+    assert all(where.startswith("memory: one session") for where in failed(report).values()), failed(report)
+
+
+def test_an_engine_that_never_ends_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("turbos.verify.answers.PATIENCE", 1)
+    report = engine_certificate(saved(tmp_path / "model", "llama"), tmp_path / "scratch", (TORCH,))
+    assert "of 9 answers never ended" in check_named(report, TORCH).where
 
 
 # Parts

@@ -1,6 +1,7 @@
 """Turn what a command measured into a result file of `docs/results`, with commit, date and machine.
 
     turbos bench train --json | python -m turbos.bench.collect bench train
+    turbos bench length --budget 4GiB --json | python -m turbos.bench.collect bench length --options="--budget 4GiB"
     python -m turbos.bench.collect demo runs/seed0 runs/seed1 runs/seed2
     python -m turbos.bench.collect twins runs/bench-twins
 
@@ -44,13 +45,13 @@ def provenance(name: str, command: str, seeds: Sequence[int], machine: str = "")
     }
 
 
-def bench_result(work: str, text: str) -> Result:
-    """The rows that `turbos bench WORK --json` printed."""
+def bench_result(work: str, text: str, options: str = "") -> Result:
+    """The rows that `turbos bench WORK --json` printed; `options` are further words of that command."""
     rows = json.loads(text)["rows"]
     peers = list(dict.fromkeys(peer for row in rows for peer in row["ratios"]))
     cells = [(row["name"], row["value"], row["unit"], *(row["ratios"].get(peer) for peer in peers)) for row in rows]
     columns = ("measurement", "value", "unit", *(f"times {peer}" for peer in peers))
-    origin = provenance(f"bench-{work}", f"turbos bench {work}", ())
+    origin = provenance(f"bench-{work}", f"turbos bench {work} {options}".strip(), ())
     return Result(**origin, columns=columns, rows=tuple(cells))
 
 
@@ -89,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write one result file below the current directory."""
     parser = argparse.ArgumentParser(prog="python -m turbos.bench.collect", description="Write docs/results files.")
     kinds = parser.add_subparsers(dest="kind", required=True)
-    kinds.add_parser("bench", help="from stdin: what turbos bench WORK --json printed").add_argument("work")
+    bench = kinds.add_parser("bench", help="from stdin: what turbos bench WORK --json printed")
+    bench.add_argument("work")
+    bench.add_argument("--options", default="", metavar="WORDS", help="further words of that command")
     kinds.add_parser("demo", help="from demo runs").add_argument("runs", nargs="+", type=Path)
     kinds.add_parser("twins", help="from the directory of turbos bench twins").add_argument("directory", type=Path)
     args = parser.parse_args(argv)
@@ -97,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.kind == "twins":
             result = twins_result(args.directory)
         else:
-            result = bench_result(args.work, sys.stdin.read()) if args.kind == "bench" else demo_result(args.runs)
+            measured = args.kind == "bench"
+            result = bench_result(args.work, sys.stdin.read(), args.options) if measured else demo_result(args.runs)
     except (OSError, ValueError, KeyError) as error:
         print(f"collect: error: not a measurement: {error!r}", file=sys.stderr)
         return 2

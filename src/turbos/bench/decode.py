@@ -4,6 +4,7 @@ A model of 127M active parameters writes 32 tokens after a context of 512, alone
 and with one; and a batch of 8 goes on at a context of 8192, whose keys are noise in both programs. In each round every
 program runs once. A row's ratio to `llama.cpp` is at equal width of weights (f32, bf16, q8_0); `llama.cpp q4_0` reads
 half the bytes of int8. `read floor` is what merely reading the same bytes from a long array would take, as a share.
+What the engine adds to the bare step has rows of its own (`decode_engine`).
 
     rows = bench_decode(Sizes(threads=(2,)))
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 
 from turbos.bench.contestants import Worker
+from turbos.bench.decode_engine import EngineBench, engine_rows
 from turbos.bench.decode_field import EQUAL_KINDS, SMALLER_KIND, Field, assemble, require_agreement_with, say
 from turbos.bench.peers import Times, bench_model, interleave_timed, require_agreement, seconds_of
 from turbos.bench.prefill import prompt
@@ -74,6 +76,7 @@ def bench_decode(sizes: Sizes = Sizes(), model: LanguageModel | None = None) -> 
                 rows += _contest(everyone, sizes, tokens, batch, threads)
         torch.set_num_threads(sizes.threads[0])
         rows += _deep_contest(everyone, sizes, sizes.threads[0])
+        rows += _engine_rows(model, everyone, sizes, tokens)
     return rows
 
 
@@ -129,6 +132,16 @@ def _deep_contest(everyone: Field, sizes: Sizes, threads: int) -> Iterator[Row]:
         traffic = ours.traffic_bytes(batch, sizes.deep) * sizes.deep_steps
         name = f"decode {ours.precision} b{batch} {sizes.deep / 1024:g}k"
         yield _row(name, ours.precision, times, batch * sizes.deep_steps, traffic)
+
+
+def _engine_rows(model: LanguageModel, everyone: Field, sizes: Sizes, tokens: Sequence[int]) -> Iterator[Row]:
+    """What the engine adds to the fused step, and what it is for."""
+    threads = sizes.threads[0]
+    longest = sizes.context + sizes.steps
+    (int8,) = (ours for ours in everyone.ours if ours.precision == "int8")
+    bare = {batch: int8.sessions(batch, longest, threads, tokens[-1]) for batch in sizes.batches}
+    say(f"the engine, {threads} threads, {sizes.rounds} rounds")
+    yield from engine_rows(EngineBench.of(model, threads), tokens, sizes.steps, bare, sizes.rounds)
 
 
 def _row(name: str, precision: str, times: Times, tokens: int, traffic: int) -> Row:

@@ -193,7 +193,7 @@ class Chat:
     def set_think(self, rest: str) -> None:
         """Say or change who decides on thinking."""
         if rest:
-            self._session.think = read_think(rest)
+            self._session.set_think(read_think(rest))
         self._screen.note(f"thinking: {self._session.think}")
 
     def unfold(self, rest: str) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from turbos.engine.engine import Engine
     from turbos.engine.sampling_params import SamplingParams
     from turbos.engine.sequence import Delta
-    from turbos.engine.snapshot import Origin
 
 RETRY_TEMPERATURE = 0.7
 """Of another answer to the same question, where answers are greedy: without noise it would be the same again."""
@@ -63,21 +61,15 @@ class ChatSession:
         assert engine.tokenizer is not None, "a checkpoint has a tokenizer"
         self.engine, self.params, self.tokenizer = engine, params, engine.tokenizer
         self.messages: tuple[Message, ...] = (Message("system", system),) if system else ()
-        self._think = think
         self._retries = 0
-        self.think = think
+        self.set_think(think)
         self.prompt([*self.messages, Message("user", "?")])
 
-    @property
-    def think(self) -> ThinkOption:
-        """Who decides on thinking from the next answer on; setting it is a UserError where chats have none."""
-        return self._think
-
-    @think.setter
-    def think(self, option: ThinkOption) -> None:
+    def set_think(self, option: ThinkOption) -> None:
+        """Who decides on thinking from the next answer on; UserError where this checkpoint's chats have none."""
         if not self.tokenizer.speaks_chat and option.mode.mode != "auto":
             raise UserError(f"think {option}: this checkpoint's chats have no thinking to open or close")
-        self._think = option
+        self.think = option
 
     def prompt(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
         """Tokens up to where the answer begins, and places in them whose state is worth keeping."""
@@ -91,7 +83,7 @@ class ChatSession:
     def _mode(self, messages: Sequence[Message]) -> Thinking:
         """The session's mode; where that is auto, what a message itself asks for (`/think`, `/no_think` at its end)."""
         said = [message.content for message in messages if message.role in ("system", "user")]
-        mode = self._think.mode
+        mode = self.think.mode
         return requested_thinking(*said, thinking=None if mode.mode == "auto" else str(mode))
 
     @property
@@ -101,13 +93,11 @@ class ChatSession:
 
     def save(self, path: Path) -> str:
         """Write the messages, and beside them the engine's state; returns what was written. UserError if it fails."""
-        from turbos.engine.sessions import save_state
-
         save_messages(path, self.messages, self.tokenizer)
         state_path(path).unlink(missing_ok=True)
         wrote = f"saved {len(self.messages)} messages to {path}"
         try:
-            length = save_state(state_path(path), self.engine, self._ids(), self._origin)
+            length = self.engine.save_session(state_path(path), self._ids())
         except UserError as error:
             return f"{wrote}, without the model's state: {error}"
         return f"{wrote}, the state after {length} tokens to {state_path(path)}"
@@ -117,21 +107,13 @@ class ChatSession:
 
         Returns what was read. UserError, and nothing changed, where the messages are no conversation.
         """
-        from turbos.engine.sessions import load_state
-
         self.messages = load_messages(path, self.tokenizer)
         read = f"loaded {len(self.messages)} messages from {path}"
         try:
-            length = len(load_state(state_path(path), self.engine, self._origin))
+            length = len(self.engine.load_session(state_path(path)))
         except UserError as error:
             return f"{read}; they are read again: {error}"
         return f"{read}, and the state after {length} tokens"
-
-    @cached_property
-    def _origin(self) -> Origin:
-        from turbos.engine.snapshot import origin_of
-
-        return origin_of(self.engine.model)
 
     def _ids(self) -> Sequence[int]:
         """Tokens of all messages."""
@@ -187,7 +169,7 @@ class ChatSession:
         return Answer(message, last.finish, last.reason, reader.thinking_tokens, watch.speed())
 
     def _budget(self, messages: Sequence[Message]) -> int | None:
-        return None if not self.tokenizer.speaks_chat else (self._mode(messages).budget or self._think.budget)
+        return None if not self.tokenizer.speaks_chat else (self._mode(messages).budget or self.think.budget)
 
     def _drive(
         self,

@@ -50,10 +50,10 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Declare how the model is run."""
     group = parser.add_argument_group("engine")
     group.add_argument(
-        "--precision", default="auto", metavar="auto|fp32|bf16|int8", help="of the weights (auto: int8 on the CPU)"
+        "--precision", default="auto", metavar="auto|own|fp32|bf16|int8", help="of the weights (auto: int8 on the CPU)"
     )
     group.add_argument(
-        "--memory", metavar="SIZE", help="for states and keys, such as 4GiB (default: 70%% of what is free)"
+        "--memory", metavar="SIZE", help="for weights, states and keys, such as 4GiB (default: 70%% of what is free)"
     )
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     group.add_argument(

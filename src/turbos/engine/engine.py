@@ -26,6 +26,7 @@ from torch import Tensor
 from turbos.common.errors import UserError
 from turbos.common.records import Completion, Finish
 from turbos.engine.cache import Miss, StateCache
+from turbos.engine.choosing import warm_up
 from turbos.engine.config import DEFAULTS, EngineConfig
 from turbos.engine.memory import MemoryPlan, plan
 from turbos.engine.metrics import Counters, EngineMetrics
@@ -73,6 +74,8 @@ class Engine:
         self.cache = StateCache(self.pool, self.plan.cache_bytes)
         self.scheduler = Scheduler(self.pool, self.cache, config.segment, config.snapshot_every)
         self._sampler = Sampler(shape.vocab_size, tokenizer)
+        # What is compiled is compiled here, never in the middle of a request.
+        warm_up()
         self._runner = Runner(model, self.pool, self.weights.fused_step(self.pool))
         self._lock = threading.RLock()
         self._inbox: deque[Sequence] = deque()
@@ -355,7 +358,7 @@ class Engine:
     def _end(self, sequence: Sequence, finish: Finish, delta: Delta) -> None:
         """An answer is over: its state is kept for what may follow it, its row is free."""
         row = sequence.row
-        if finish in ("stop", "length") and sequence.params.cache and row is not None:
+        if finish != "error" and sequence.params.cache and row is not None and row.length:
             self.cache.keep(sequence.ids(0, row.length), row)
         self.scheduler.end(sequence)
         sequence.finish, sequence.reason, sequence.weights_version = finish, delta.reason, self.weights_version

@@ -62,9 +62,9 @@ class Layout:
         scans: list[ScanPlace] = []
         conv_end = scan_end = 0
         for sublayer, kind in enumerate(config.layers):
-            if kind == "M" or kind == "S":
+            if kind in "MS":
                 conv, scan = _shapes(kind, config)
-                place = ScanPlace(sublayer, kind, _part(conv_end, conv), _part(scan_end, scan))
+                place = ScanPlace(sublayer, "M" if kind == "M" else "S", _part(conv_end, conv), _part(scan_end, scan))
                 conv_end, scan_end = place.conv.stop, place.scan.stop
                 scans.append(place)
         attention = tuple(sublayer for sublayer, kind in enumerate(config.layers) if kind == "A")

@@ -27,6 +27,9 @@ SHARE = 0.7
 SEGMENT_TOKENS = 512
 """Tokens whose activations exist at once, for the estimate of working memory."""
 
+LEAST_CAP = 2**16
+"""Pages that are taken in any case where memory allows: the tables of so many cost a megabyte."""
+
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -118,8 +121,9 @@ def _share_out(layout: Layout, free: int, context: int, max_running: int) -> tup
         slots = max(1, min(max_running, max(at_full_length, free // 4 // state), (free - page) // state))
     if not page:
         return slots, 0
-    # Twice what all sequences need at full length is enough: a table of pages is not free.
-    return slots, min((free - slots * state) // page, 2 * slots * whole)
+    # Twice what all sequences need at full length is enough, unless that is little: kept states share their pages only
+    # up to the last one.
+    return slots, min((free - slots * state) // page, max(2 * slots * whole, LEAST_CAP))
 
 
 def _clamped(context: int, shorter: int, max_running: int, slots: int) -> list[str]:

@@ -71,9 +71,8 @@ class Crowd:
 
 def engine_of(model: LanguageModel, path: Path, running: int) -> Engine:
     """An engine over a copy of a model, which writes so many answers at once."""
-    room = max(model.config.max_positions, 8)
     config = EngineConfig(
-        context=min(room, 8 * PAGE),
+        context=8 * PAGE,
         max_running=running,
         precision=path.precision,
         path=path.step,

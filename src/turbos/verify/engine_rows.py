@@ -7,12 +7,14 @@ compare bits, since the fused step promises them whatever else is in the batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
+from turbos.common.errors import UserError
 from turbos.common.records import Completion
 from turbos.engine.fused.support import refusal
 from turbos.engine.metrics import EngineMetrics
@@ -44,12 +46,21 @@ def engine_rows(subject: Subject, ours: OurModel) -> tuple[list[Job], list[str]]
     rows: list[Job] = []
     for path in paths:
         party = Party(subject, ours, path)
-        rows.append((f"engine == model ({path.label})", partial(engine_is_model, party)))
+        checks = [("engine == model", partial(engine_is_model, party))]
         if path.step == "fused":
-            rows.append((f"alone == crowd ({path.label})", partial(alone_is_crowd, party)))
+            checks.append(("alone == crowd", partial(alone_is_crowd, party)))
         if path.precision != "fp32" or path.step == "torch":
-            rows.append((f"kept state == fresh ({path.label})", partial(kept_is_fresh, subject, ours, path)))
+            checks.append(("kept state == fresh", partial(kept_is_fresh, subject, ours, path)))
+        rows += [(f"{name} ({path.label})", partial(taken, check)) for name, check in checks]
     return rows, left_out
+
+
+def taken(check: Callable[[], Check]) -> Check:
+    """A check's result; what the engine refuses has failed, and its reason says where."""
+    try:
+        return check()
+    except UserError as error:
+        return Check(False, float("nan"), 0.0, str(error), "an engine must take what it is asked here")
 
 
 @dataclass(frozen=True)

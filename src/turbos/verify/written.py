@@ -169,9 +169,7 @@ def _unsteady(
     return unsteady_rows(replace(subject, implementation=model, truth=truth), reading, tolerance)
 
 
-def _where(
-    got: Reading, said: Said, answers: Sequence[Completion], asks: Sequence[Ask], beyond_T: Tensor
-) -> str:
+def _where(got: Reading, said: Said, answers: Sequence[Completion], asks: Sequence[Ask], beyond_T: Tensor) -> str:
     """The first written token that lies beyond the tolerance, in which answer, and how many others do."""
     row = int(torch.nonzero(beyond_T)[0, 0])
     number, rows = next((n, rows) for n, rows in enumerate(row_ranges(got.starts)) if row in rows)

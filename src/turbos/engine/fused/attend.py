@@ -168,6 +168,7 @@ def _weigh(scores, count, maxima, sums, place):  # type: ignore[no-untyped-def]
 
 @inlined
 def _mix_values(op, sizes, call, b, part, count, scores, targets, weights_rows):  # type: ignore[no-untyped-def]
+    """Values of a part, weighted, added to each head's sum; few tokens at a time, so that memory is read in order."""
     width, repeat = sizes.head_dim, sizes.heads // sizes.kv_heads
     stride, first = sizes.kv_heads * width, part * PART // PAGE
     size = 4 * PAGE * stride
@@ -176,16 +177,15 @@ def _mix_values(op, sizes, call, b, part, count, scores, targets, weights_rows):
         # After the part's values the next part's keys are read.
         done = (page + 1) * PAGE >= count
         following = _page(op, sizes, call, b, first + page + 1, not done)
-        turn = max(0, min(rows, PAGE - AHEAD // (4 * stride)))
-        for half in range(2):
-            begin, end = (0, turn) if half == 0 else (turn, rows)
-            ahead = AHEAD if half == 0 else following - values - size + AHEAD
+        for s in range(0, rows, ROWS):
             for head in range(sizes.heads):
-                put_int64(weights_rows, head, scores + 4 * (head * PART + page * PAGE + begin))
+                put_int64(weights_rows, head, scores + 4 * (head * PART + page * PAGE + s))
             for group in range(sizes.kv_heads):
-                lists = 8 * group * repeat
-                at = values + 4 * (begin * stride + group * width)
-                mix(at, stride, end - begin, width, weights_rows + lists, targets + lists, repeat, ahead)
+                lists, tokens = 8 * group * repeat, min(ROWS, rows - s)
+                at = values + 4 * (s * stride + group * width)
+                ahead = 4 * (s * stride + ROWS * group * width) + AHEAD
+                ahead += values if ahead < size else following - size
+                mix(at, stride, tokens, width, weights_rows + lists, targets + lists, repeat, ahead)
 
 
 @kernel
@@ -220,4 +220,5 @@ def _join_head(sizes, call, b, head, thread):  # type: ignore[no-untyped-def]
     put_int64(lists, 0, maxima)
     rows = sizes.weights_rows + 8 * thread * heads
     put_int64(rows, 0, target)
-    mix(call.partial + 4 * (b * call.parts * heads + head) * width, heads * width, parts, width, lists, rows, 1, AHEAD)
+    first = call.partial + 4 * (b * call.parts * heads + head) * width
+    mix(first, heads * width, parts, width, lists, rows, 1, first + AHEAD)

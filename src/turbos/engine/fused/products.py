@@ -20,10 +20,11 @@ INPUTS = 4 if LANES == 16 else 2
 """Inputs of the largest tile: ROWS * INPUTS sums must fit into the registers (32, or 16 before AVX-512)."""
 
 
-def _product(kind: int, size: int) -> Any:
+def _product(kind: int, size: int, level: int = 1) -> Any:
     """The compiled product for one kind of weights, whose elements have `size` bytes."""
-    many, two, one = (product_tile(kind, ROWS, count) for count in (INPUTS, 2, 1))
+    many, two, one = (product_tile(kind, ROWS, count, level) for count in (INPUTS, 2, 1))
     single = product_tile(kind, 1, 1)
+    ahead = AHEAD * max(1, size // 2)
 
     @kernel
     def tiles(weights, stride, width, scales, sources, targets, count, place, ahead):  # type: ignore[no-untyped-def]
@@ -42,7 +43,7 @@ def _product(kind: int, size: int) -> Any:
         o = first
         while o + ROWS <= last:
             at = weights + o * width * size
-            tiles(at, width, width, scales + 4 * o, sources, targets, count, place + o, at + AHEAD)
+            tiles(at, width, width, scales + 4 * o, sources, targets, count, place + o, at + ahead)
             o += ROWS
         while o < last:
             at = weights + o * width * size
@@ -53,7 +54,8 @@ def _product(kind: int, size: int) -> Any:
     return tiles, product
 
 
-score_tiles, _product_fp32 = _product(FP32, 4)
+score_tiles, _ = _product(FP32, 4, level=2)
+_, _product_fp32 = _product(FP32, 4)
 _, _product_bf16 = _product(BF16, 2)
 _, _product_int8 = _product(INT8, 1)
 
@@ -87,7 +89,7 @@ _RUN = LANES * (4 if LANES == 16 else 2)
 def mix(rows, stride, count, width, sources, targets, sums, ahead):  # type: ignore[no-untyped-def]
     """Add to each of `sums` listed targets `[width]` the weighted sum of `count` rows; the weights are listed too.
 
-    What lies `ahead` bytes after each row is fetched meanwhile.
+    What lies at the address `ahead` is fetched meanwhile.
     """
     place = 0
     while place < width:

@@ -12,7 +12,7 @@ PROJECT, SCAN, ATTEND, JOIN, MERGE, FEED_IN, FEED_OUT, HEAD = range(8)
 """Codes of the phases: norm and projections; conv and state; attention over parts of the cache; the parts joined; a
 mixer's output added to the stream; a feed-forward network's two halves; final norm and logits."""
 
-PART = 128
+PART = 256
 """Cached tokens that are attended to at once, between fixed borders: no bit depends on the number of threads."""
 
 

@@ -67,15 +67,15 @@ def _addresses(builder: ir.IRBuilder, listed: ir.Value, count: int) -> list[ir.V
     return [builder.load(pointer(builder, listed, ir.Constant(INT64, place), INT64)) for place in range(count)]
 
 
-def product_tile(kind: int, rows: int, batch: int) -> Any:
+def product_tile(kind: int, rows: int, batch: int, level: int = 1) -> Any:
     """A compiled-in function for a tile of `rows` outputs (1 or 4) and `batch` inputs.
 
     Arguments: address of the first weight, elements between rows, inputs per row, address of the first scale (read for
     int8 only), address of a list of input addresses, of a list of output addresses, the outputs' first place, and the
-    address from which as many bytes as the tile reads are fetched into the cache meanwhile: rows are short, and the
-    processor's own prefetching starts anew with each.
+    address from which as many bytes as the tile reads are fetched meanwhile into a level of the cache: rows are short,
+    and the processor's own prefetching starts anew with each.
     """
-    lines = rows * LANES * _SIZE[kind] // LINE
+    lines = -(-rows * LANES * _SIZE[kind] // LINE) if rows > 1 else 0
 
     def tile(typingctx, weights, stride, width, scales, sources, targets, place, ahead):  # type: ignore[no-untyped-def]
         def body(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
@@ -93,7 +93,7 @@ def product_tile(kind: int, rows: int, batch: int) -> Any:
                     xs = [load_vector(builder, x) for x in places]
                     start = builder.add(ahead, builder.mul(index, ir.Constant(INT64, rows * _SIZE[kind])))
                     for line in range(lines):
-                        prefetch(builder, builder.add(start, ir.Constant(INT64, line * LINE)))
+                        prefetch(builder, builder.add(start, ir.Constant(INT64, line * LINE)), level)
                 else:
                     xs = [load_masked(builder, x, mask, VECTOR, "f32") for x in places]
                 for row, start in enumerate(starts):
@@ -158,11 +158,10 @@ def mixing_tile(batch: int, vectors: int) -> Any:
             sums = [cgutils.alloca_once_value(builder, value) for end in ends for value in read(end)]
             first = pointer(builder, rows, place, FLOAT)
             with cgutils.for_range(builder, count, intp=INT64) as loop:
-                row = builder.gep(first, [builder.mul(loop.index, stride)])
                 start = builder.add(ahead, builder.mul(loop.index, ir.Constant(INT64, 4 * vectors * LANES)))
                 for line in range(-(-4 * vectors * LANES // LINE)):
-                    prefetch(builder, builder.add(start, ir.Constant(INT64, line * LINE)))
-                parts = read(row)
+                    prefetch(builder, builder.add(start, ir.Constant(INT64, line * LINE)), 2)
+                parts = read(builder.gep(first, [builder.mul(loop.index, stride)]))
                 for number, share in enumerate(shares):
                     factor = spread(builder, builder.load(pointer(builder, share, loop.index, FLOAT), align=4))
                     for part, at in zip(parts, sums[number * vectors :], strict=False):

@@ -115,11 +115,11 @@ def store_masked(builder: ir.IRBuilder, value: ir.Value, place: ir.Value, mask: 
     call(builder, f"llvm.masked.store.{name}.p0{name}", ir.VoidType(), value, typed, ir.Constant(INT32, 4), mask)
 
 
-def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """Ask for the cache line of an address; one that does not exist does no harm."""
+def prefetch(builder: ir.IRBuilder, address: ir.Value, level: int) -> None:
+    """Ask for the cache line of an address into a level of the cache (1 or 2); one that does not exist does no harm."""
     place = builder.inttoptr(address, ir.IntType(8).as_pointer())
-    read, near, data = (ir.Constant(INT32, value) for value in (0, 3, 1))
-    call(builder, "llvm.prefetch.p0i8", ir.VoidType(), place, read, near, data)
+    read, locality, data = (ir.Constant(INT32, value) for value in (0, 4 - level, 1))
+    call(builder, "llvm.prefetch.p0i8", ir.VoidType(), place, read, locality, data)
 
 
 def zero_of(kind: ir.Type) -> ir.Constant:
@@ -177,7 +177,7 @@ def fetch(typingctx, address):  # type: ignore[no-untyped-def]
     """Ask for the cache line of an address (that may not exist)."""
 
     def body(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        prefetch(builder, arguments[0])
+        prefetch(builder, arguments[0], 1)
         return context.get_dummy_value()
 
     return types.void(types.int64), body
