@@ -134,7 +134,8 @@ def test_long_contexts_on_scattered_pages(length: int) -> None:
     )
     with torch.no_grad(), pool_without_owners(twin).view(rows) as state:
         output = model(torch.tensor(tokens), Documents.from_lengths([1, 1]), state)
-    assert relative(stepped.logits_BV, model.logits(output.hidden_TD)) < CLOSE
+        expected_BV = model.logits(output.hidden_TD)
+    assert relative(stepped.logits_BV, expected_BV) < CLOSE
     for row, read in zip(rows, lengths, strict=True):
         for ours, theirs in zip((*fused.pool.keys, *fused.pool.values), (*twin.keys, *twin.values), strict=True):
             at = row.table[read // PAGE], read % PAGE

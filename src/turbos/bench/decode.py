@@ -43,13 +43,14 @@ Work = dict[str, Callable[[], float]]
 class Sizes:
     """What is measured: batches after `context` tokens and one after `deep`, steps of each round, rounds, threads.
 
-    `kinds` are the files that llama.cpp runs alone, `kinds_together` those that it runs in a batch, where it reads
-    every prompt anew in every round.
+    `kinds` are the files that llama.cpp runs alone, `kinds_together` those that it runs in a batch with the first number
+    of threads: it reads every prompt anew in every round, which takes the most of the time.
     """
 
     context: int = 512
     steps: int = 32
     rounds: int = 7
+    rounds_together: int = 5
     batches: tuple[int, ...] = (1, 8)
     deep: int = 8192
     deep_batch: int = 8
@@ -57,6 +58,12 @@ class Sizes:
     threads: tuple[int, ...] = field(default_factory=lambda: tuple(dict.fromkeys((min(2, usable_cores()), 1))))
     kinds: tuple[str, ...] = ("f32", "bf16", "q8_0", "q4_0")
     kinds_together: tuple[str, ...] = ("f32", "q8_0")
+
+    def kinds_for(self, batch: int, threads: int) -> tuple[str, ...]:
+        """Files that llama.cpp runs in one contest."""
+        if batch == 1:
+            return self.kinds
+        return self.kinds_together if threads == self.threads[0] else ()
 
 
 def bench_decode(sizes: Sizes = Sizes(), model: LanguageModel | None = None) -> Sequence[Row]:
@@ -92,13 +99,14 @@ def _contest(everyone: Field, sizes: Sizes, tokens: Sequence[int], batch: int, t
             logprobs_BV = torch.log_softmax(theirs.logits(torch.full((batch,), tokens[-1])), -1)
             require_agreement("log-probabilities of transformers", everyone.exact_V, logprobs_BV[0])
             work["transformers"] = partial(theirs.seconds, sizes.steps)
-        for kind in (sizes.kinds if batch == 1 else sizes.kinds_together) if everyone.files else ():
+        for kind in sizes.kinds_for(batch, threads) if everyone.files else ():
             worker = stack.enter_context(_worker(everyone.files[kind], kind, sizes, batch, threads))
             if kind == "f32":
                 require_agreement_with(worker, tokens, everyone.exact_V)
             work[worker.name] = partial(worker.decode, tokens, sizes.steps)
-        say(f"{sizes.steps} tokens, batch {batch}, {threads} threads, {sizes.rounds} rounds: {', '.join(work)}")
-        times = interleave_timed(work | {"read": reading()}, sizes.rounds)
+        rounds = sizes.rounds if batch == 1 else sizes.rounds_together
+        say(f"{sizes.steps} tokens, batch {batch}, {threads} threads, {rounds} rounds: {', '.join(work)}")
+        times = interleave_timed(work | {"read": reading()}, rounds)
     for ours in everyone.ours:
         traffic = ours.traffic_bytes(batch, sizes.context) * sizes.steps
         yield _row(f"decode {ours.precision} b{batch} t{threads}", ours.precision, times, batch * sizes.steps, traffic)

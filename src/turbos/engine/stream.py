@@ -103,7 +103,7 @@ class AsyncEngine:
     async def load_weights(self, named: Iterable[tuple[str, Tensor]], version: int) -> None:
         """`Engine.load_weights` between two steps; nothing else runs meanwhile but the answers that it waits for.
 
-        From another thread `Engine.load_weights` itself might wait for ever: a busy driver hardly lets go of the engine.
+        `Engine.load_weights` from another thread might wait for ever: a busy driver hardly lets go of the engine.
         """
         load = _Load(dict(named), version)
         with self._lock:

@@ -44,8 +44,8 @@ def difference(pair: Pair, here: str, there: str) -> tuple[float, str]:
         mine, theirs = got.logprobs[step], want.logprobs[step]
         if token != other:
             return 1.0, f"{pair.name}, token {step} first: {token} {here}, {other} {there}"
-        # Written so that NaN is no match.
-        if not mine == theirs:
+        # NaN is no match, not even for itself.
+        if mine != theirs:
             apart = abs(mine - theirs)
             words = f"log-probability {mine:.5f} {here}, {theirs:.5f} {there} ({apart:.1e} apart)"
             return apart, f"{pair.name}, token {step} first: {words}"

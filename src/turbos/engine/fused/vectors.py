@@ -275,7 +275,7 @@ def sum_four(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
     """
     a, b, c, d = vectors
     pairs = [_fold(builder, x, y, [0, 0, 1, 1], [2, 2, 3, 3]) for x, y in ((a, b), (c, d))]
-    return _add_runs(builder, _fold(builder, *pairs, [0, 1, 0, 1], [2, 3, 2, 3]))
+    return _add_runs(builder, _fold(builder, pairs[0], pairs[1], [0, 1, 0, 1], [2, 3, 2, 3]))
 
 
 def _fold(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, low: list[int], high: list[int]) -> ir.Value:

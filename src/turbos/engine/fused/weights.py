@@ -140,8 +140,8 @@ def pack(model: LanguageModel, precision: Precision) -> PackedModel:
         raise UserError(f"fused: packs fp32 models on the CPU, this one is {weight.dtype} on {weight.device}")
     weights = [model.head_weight, *(w for layer in model.sublayers for w in _weights_of(cast(Sublayer, layer)))]
     if precision == "fp32":
-        for weight in weights:
-            huge.prefer(weight.detach(), collapse=True)
+        for shared in weights:
+            huge.prefer(shared.detach(), collapse=True)
     arena = _Arena(0 if precision == "fp32" else sum(map(_room, weights)), _DTYPES[precision])
 
     def packed(weight: Tensor) -> Matrix:
