@@ -367,11 +367,12 @@ def test_a_terminal_folds_thinking_and_stops_on_ctrl_c(checkpoint: str) -> None:
         terminal.send("/think on\r")
         terminal.expect("thinking: on")
         terminal.expect("> ")
-        # One that was answered by a question counts no more; two in a row leave.
+        # One that was answered by a question counts no more; two in a row leave. An answer may end by itself before
+        # the first one is heard: then that was the first at the prompt.
         terminal.send("and 18?\r")
         terminal.expect("\r\x1b[K\x1b[2mthinking ... ")
         terminal.interrupt()
-        terminal.expect("stopped (Ctrl-C again leaves)")
+        terminal.expect("Ctrl-C again leaves")
         terminal.expect("> ")
         terminal.interrupt()
         assert terminal.wait() == 130

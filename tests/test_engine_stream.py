@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import tiny_config
 
+from model_cases import tiny_config
 from turbos.common.errors import UserError
 from turbos.engine.config import EngineConfig
 from turbos.engine.engine import Engine

@@ -78,9 +78,8 @@ def engine_certificate(directory: Path, scratch: Path, only: tuple[str, ...] = (
     scratch.mkdir()
     ours = OurModel(load_model(directory), read_family(directory)[0])
     jobs, left_out = engine_rows(subject_of(directory, scratch, ours, True, "turbos"), ours)
-    checks = [
-        check for check in (run_check(name, job) for name, job in jobs if name in only or not only) if check is not None
-    ]
+    results = [run_check(name, job) for name, job in jobs if name in only or not only]
+    checks = [check for check in results if check is not None]
     return Report(str(directory), "turbos", ours.family.name, tuple(checks), tuple(left_out), 0.0)
 
 

@@ -22,9 +22,9 @@ from turbos.engine.engine import Engine
 from turbos.engine.pages import PAGE
 from turbos.engine.sampling_params import SamplingParams
 from turbos.model.lm import LanguageModel
-from turbos.verify.subject import Precision, Subject
+from turbos.verify.subject import Subject
 
-SEGMENT = 16
+SEGMENT = 32
 """Tokens of a prompt that the engines read in one call: small, so that short prompts have borders too."""
 KEPT_EVERY = 64
 PATIENCE = 1000
@@ -36,7 +36,7 @@ class Path:
     """A way of writing: the plain torch step, or the fused step over weights in some precision."""
 
     step: Literal["torch", "fused"]
-    precision: Precision
+    precision: Literal["fp32", "bf16", "int8"]
 
     @property
     def label(self) -> str:

@@ -30,28 +30,33 @@ from turbos.verify.written import SLACK, compared, divergence, named
 
 STEPS = {"int8": 0.5 / 127, "bf16": 2.0**-8, "fp32": 0.0}
 """Half a step of each precision, relative to a row's largest number."""
+MODEL, ALONE, KEPT = "engine == model", "alone == crowd", "kept state == fresh"
+PATHS = (Path("torch", "fp32"), Path("fused", "fp32"), Path("fused", "bf16"), Path("fused", "int8"))
+ONLY_IN_FULL = (
+    f"{KEPT} (torch fp32)",
+    *(f"{row} (fused fp32)" for row in (ALONE, KEPT)),
+    *(f"{row} (fused bf16)" for row in (MODEL, ALONE, KEPT)),
+)
+"""Rows that a quick certificate leaves out: it asks the step that runs by default, int8, for all of them."""
 NEVER_ROUNDED = ("router_weight", "conv_weight", "A_log")
 
 
 def engine_rows(subject: Subject, ours: OurModel) -> tuple[list[Job], list[str]]:
     """Rows of every path that can run, and a line for each that cannot."""
-    paths, left_out = [Path("torch", "fp32")], []
     reason = refusal(subject.config, "cpu", ours.model.embed_weight.dtype)
-    if reason is None:
-        paths += [Path("fused", precision) for precision in subject.plan.precisions]
-        absent = {"fp32", "bf16", "int8"} - set(subject.plan.precisions)
-        left_out += [f"engine (fused {precision}): not in --quick" for precision in sorted(absent)]
-    else:
-        left_out.append(f"engine (fused), alone == crowd: {reason}")
     rows: list[Job] = []
-    for path in paths:
+    left_out = [] if reason is None else [f"engine (fused), alone == crowd: {reason}"]
+    for path in PATHS if reason is None else PATHS[:1]:
         party = Party(subject, ours, path)
-        checks = [("engine == model", partial(engine_is_model, party))]
+        checks = [(MODEL, partial(engine_is_model, party)), (KEPT, partial(kept_is_fresh, subject, ours, path))]
         if path.step == "fused":
-            checks.append(("alone == crowd", partial(alone_is_crowd, party)))
-        if path.precision != "fp32" or path.step == "torch":
-            checks.append(("kept state == fresh", partial(kept_is_fresh, subject, ours, path)))
-        rows += [(f"{name} ({path.label})", partial(taken, check)) for name, check in checks]
+            checks.insert(1, (ALONE, partial(alone_is_crowd, party)))
+        for name, check in checks:
+            full = f"{name} ({path.label})"
+            if full in ONLY_IN_FULL and subject.plan.quick and reason is None:
+                left_out.append(f"{full}: not in --quick")
+            else:
+                rows.append((full, partial(taken, check)))
     return rows, left_out
 
 
@@ -136,7 +141,9 @@ def _divergence(party: Party) -> str:
     """How far rounded weights lead from the checkpoint's."""
     if party.path.precision == "fp32":
         return ""
-    nats = divergence(party.ours, party.written.model, party.written.answers)
+    # Siblings read nearly the same.
+    several = {answer.prompt_ids: answer for answer in party.written.answers}
+    nats = divergence(party.ours, party.written.model, list(several.values()))
     return f"KL to the checkpoint's own weights {nats:.1e} nats a token (random text)"
 
 

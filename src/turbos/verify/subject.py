@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,17 +27,13 @@ from turbos.verify.truth import Truth
 ROUNDING = 1e-5
 """fp32 keeps 6e-8; sums of thousands of terms in another order differ by 1e-6 or less of the largest logit, and every
 fault that was ever planted here by 1e-4 or more."""
-Precision = Literal["fp32", "bf16", "int8"]
 DEEP = 16
 """Sublayers up to which `ROUNDING` holds; beyond, rounding grows like the square root of the depth."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is read: `packed` lengths cross a chunk's border, `truth` lengths are for the slow truth.
-
-    `precisions` are those in which the engine's fused step is asked.
-    """
+    """How much is read: `packed` lengths cross a chunk's border, `truth` lengths are for the slow truth."""
 
     packed: tuple[int, ...]
     truth: tuple[int, ...]
@@ -45,7 +41,7 @@ class Plan:
     prompts: tuple[int, ...]
     steps: int
     chunks: tuple[int, ...]
-    precisions: tuple[Precision, ...]
+    quick: bool
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,7 @@ def plan_of(config: ModelConfig, quick: bool) -> Plan:
         prompts=(short, 3, 1, max(1, short // 2)),
         steps=steps,
         chunks=tuple(size for size in sizes if size != config.chunk_size),
-        precisions=("fp32", "int8") if quick else ("fp32", "bf16", "int8"),
+        quick=quick,
     )
 
 
