@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fused_cases import Fused, random_config, truth
 from model_cases import VARIANTS, VOCABULARY, random_tokens, tiny_config, tiny_model
 from turbos.common.errors import UserError
 from turbos.common.records import Documents
+from turbos.engine.fused import run as fused_run
 from turbos.engine.fused.step import FusedStep, warm_up
 from turbos.engine.fused.support import refusal
 from turbos.engine.fused.weights import PRECISIONS, Precision, pack
@@ -173,11 +175,14 @@ def test_routes_are_the_models_choices() -> None:
     assert fused.advance(rows, tokens.tolist()).routes_BLK is None
 
 
-def test_what_cannot_run_says_why() -> None:
+def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal(tiny_config("MAFD"), "cpu") is None
     assert "Mamba-1" in str(refusal(tiny_config("MS"), "cpu"))
     assert "on cuda" in str(refusal(tiny_config("M"), "cuda"))
     assert "float64" in str(refusal(tiny_config("M"), "cpu", torch.float64))
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    assert "NUMBA_DISABLE_JIT" in str(refusal(tiny_config("M"), "cpu"))
+    monkeypatch.delenv("NUMBA_DISABLE_JIT")
     model = tiny_model("MA")
     with pytest.raises(UserError, match="threads must lie between 1 and"):
         FusedStep(pack(model, "fp32"), StatePool(model.config, 1, 1), 0)
@@ -219,3 +224,9 @@ def test_torch_keeps_its_number_of_threads() -> None:
 def test_a_second_warm_up_loads_what_was_compiled() -> None:
     warm_up(1)
     assert warm_up(1) < 1.0
+
+
+def test_the_key_of_the_cache_covers_every_compiled_file() -> None:
+    sources = {path.stem: path.read_text() for path in Path(fused_run.__file__).parent.glob("*.py")}
+    compiled = {name for name, text in sources.items() if "@kernel" in text or "@inlined" in text}
+    assert compiled | {"program", "tiles"} == set(fused_run.COMPILED)

@@ -15,6 +15,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from turbos.engine.fused import huge
+from turbos.engine.fused.step import COMPILING
 from turbos.engine.fused.tiles import BF16, FP32, INT8, mixing_tile, product_tile
 from turbos.engine.fused.vectors import LANES, exp, lanes_of, load, silu, store, store_totals, total
 from turbos.engine.fused.workspace import Workspace
@@ -127,6 +129,15 @@ def test_mixing_tiles_add_weighted_rows(width: int) -> None:
     assert torch.allclose(sums_BE, 1 + shares_BS @ rows_SE, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("numbers", [1, 1000, 3 << 20])
+def test_large_pages_change_no_number(numbers: int) -> None:
+    tensor = huge.empty(numbers, torch.float32)
+    assert tensor.shape == (numbers,)
+    tensor.copy_(torch.arange(numbers))
+    huge.prefer(tensor, collapse=True)
+    assert torch.equal(tensor, torch.arange(numbers).float())
+
+
 def test_width_of_vectors_by_processor() -> None:
     assert lanes_of("znver4", "+avx2,+avx512f,+avx512bw,+avx512vl") == 16
     assert lanes_of("haswell", "+avx,+avx2,-avx512f") == 8
@@ -140,10 +151,18 @@ def test_width_of_vectors_by_processor() -> None:
 )
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="imitates x86 processors")
 def test_other_processors_compute_the_same(name: str, features: str, lanes: int, tmp_path: Path) -> None:
-    """The tests of options, odd sizes and bits, compiled for a processor with narrower vectors."""
+    """The tests of options, odd sizes and bits, compiled for a processor with narrower vectors: once, and said."""
     settings = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
-    code = f"from turbos.engine.fused.vectors import LANES; assert LANES == {lanes}"
-    chosen = "tests/test_engine_fused.py"
-    for command in ([sys.executable, "-c", code], [sys.executable, "-m", "pytest", "-q", "-x", chosen]):
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True)
+    warm = "from turbos.engine.fused import step, vectors; step.warm_up(1); print(vectors.LANES)"
+    for command, said in (
+        (["-c", warm], True),
+        (["-c", warm], False),
+        (["-m", "pytest", "-q", "-x", "tests/test_engine_fused.py"], False),
+    ):
+        environment = {**os.environ, **settings}
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
+        assert (COMPILING in done.stderr) == said
+        assert command[0] != "-c" or done.stdout.strip() == str(lanes)

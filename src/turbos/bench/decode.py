@@ -43,8 +43,8 @@ Work = dict[str, Callable[[], float]]
 class Sizes:
     """What is measured: batches after `context` tokens and one after `deep`, steps of each round, rounds, threads.
 
-    `kinds` are the files that llama.cpp runs alone, `kinds_together` those that it runs in a batch with the first number
-    of threads: it reads every prompt anew in every round, which takes the most of the time.
+    `kinds` are the files that llama.cpp runs alone, `kinds_together` those that it runs in a batch (with the first
+    number of threads only: it reads every prompt anew in every round, which takes the most of the time).
     """
 
     context: int = 512

@@ -45,6 +45,7 @@ def engine_rows(subject: Subject, ours: OurModel) -> tuple[list[Job], list[str]]
     """Rows of every path that can run, and a line for each that cannot."""
     reason = refusal(subject.config, "cpu", ours.model.embed_weight.dtype)
     rows: list[Job] = []
+    skipped: list[str] = []
     left_out = [] if reason is None else [f"engine (fused), alone == crowd: {reason}"]
     for path in PATHS if reason is None else PATHS[:1]:
         party = Party(subject, ours, path)
@@ -54,10 +55,10 @@ def engine_rows(subject: Subject, ours: OurModel) -> tuple[list[Job], list[str]]
         for name, check in checks:
             full = f"{name} ({path.label})"
             if full in ONLY_IN_FULL and subject.plan.quick and reason is None:
-                left_out.append(f"{full}: not in --quick")
+                skipped.append(full)
             else:
                 rows.append((full, partial(taken, check)))
-    return rows, left_out
+    return rows, left_out + ([f"{', '.join(skipped)}: not in --quick"] if skipped else [])
 
 
 def taken(check: Callable[[], Check]) -> Check:

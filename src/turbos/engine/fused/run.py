@@ -26,6 +26,10 @@ from turbos.engine.fused.rows import (
 )
 from turbos.engine.fused.scan import convolve_shared, gated_norm, scan_heads
 from turbos.engine.fused.vectors import inlined, put_int64
+from turbos.engine.pages import PAGE
+
+COMPILED = ("attend", "feed", "products", "program", "rows", "run", "scan", "tiles", "vectors")
+"""Files of this folder that the compiled code depends on."""
 
 
 @inlined
@@ -75,7 +79,8 @@ def _work(op, matrices, sizes, call, thread, threads):  # type: ignore[no-untype
 def _sources() -> str:
     """A hash of everything that is compiled: numba's own cache looks at the outermost function's file only."""
     folder = Path(__file__).parent
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()
+    text = b"".join((folder / f"{name}.py").read_bytes() for name in COMPILED)
+    return f"{hashlib.sha256(text).hexdigest()} {PAGE}"
 
 
 def _compiled(parallel: bool, key: str) -> Any:

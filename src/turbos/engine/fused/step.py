@@ -2,6 +2,7 @@
 
 Reads and writes the pool's tensors in place. A row's numbers are the same to the last bit whatever else is in the
 batch and however many threads there are. It does not allocate pages: whoever calls it has made room for the new token.
+Do not fork a process in which it has run on several threads: OpenMP's threads do not live on in the child.
 
     packed = pack(model, "int8")
     packed.round_to_packed(model)

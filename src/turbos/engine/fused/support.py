@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from functools import lru_cache
 
 import torch
@@ -28,10 +29,11 @@ def refusal(config: ModelConfig, device: torch.device | str = "cpu", dtype: torc
     return _numba_refusal()
 
 
-@lru_cache(maxsize=1)
 def _numba_refusal() -> str | None:
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed (pip install numba)"
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return "numba's compiler is switched off (NUMBA_DISABLE_JIT)"
     return None
 
 
