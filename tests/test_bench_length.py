@@ -119,7 +119,9 @@ def test_what_disagrees_is_not_timed(stack: Stack) -> None:
 
 
 def test_rows_are_named_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = bench_length(Plan((8, 70), budget=40_000_000, rounds=1, segment=32, size=TINY, long_session=None))
+    rows = bench_length(
+        Plan((8, 70), budget=40_000_000, rounds=1, decode_rounds=1, segment=32, size=TINY, long_session=None)
+    )
     kinds = ("decode int8", "prefill", "bytes", "aggregate", "aggregate mamba")
     assert [row.name for row in rows] == [f"{kind} {length}" for length in (8, 70) for kind in kinds]
     for row in rows:

@@ -54,11 +54,15 @@ MB = 1e6
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured; a `budget` in bytes adds the aggregate rows, `long_session` None leaves its process out."""
+    """What is measured; a `budget` in bytes adds the aggregate rows, `long_session` None leaves its process out.
+
+    Decoding takes little time, so it has more rounds than reading and aggregates.
+    """
 
     lengths: tuple[int, ...] = LENGTHS
     budget: int | None = None
     rounds: int = 5
+    decode_rounds: int = 9
     segment: int = SEGMENT
     size: Size = Size()
     long_session: int | None = LONG_SESSION
@@ -102,9 +106,9 @@ def _rows_at(length: int, stacks: Sequence[Stack], plan: Plan) -> Iterator[Row]:
         _require_agreement(stack, sessions, length)
         decode[stack.shape.name] = partial(sessions.seconds, steps)
         read[stack.shape.name] = partial(sessions.read_seconds, stack.model, segment)
-    threads = torch.get_num_threads()
-    say(f"length {length}: {steps} tokens, a segment of {segment}, {plan.rounds} rounds, {threads} threads")
-    yield row_of(f"decode int8 {length}", steps, interleave_timed(decode, plan.rounds))
+    rounds = f"{plan.decode_rounds} rounds of {steps} tokens, {plan.rounds} of a segment of {segment}"
+    say(f"length {length}: {rounds}, {torch.get_num_threads()} threads")
+    yield row_of(f"decode int8 {length}", steps, interleave_timed(decode, plan.decode_rounds))
     yield row_of(f"prefill {length}", segment, interleave_timed(read, plan.rounds))
     ratios = {shape.name: held_ratio(HYBRID, shape, length, plan.size) for shape in SHAPES if shape != HYBRID}
     yield Row(f"bytes {length}", held_bytes(HYBRID, length, plan.size) / MB, "MB", ratios)

@@ -103,9 +103,9 @@ Finish = Literal["stop", "length", "cancelled", "error"]
 class Completion:
     """What a model wrote after a prompt: token ids, the log-probability of each when sampled, and why it ended.
 
-    `text` is None where no tokenizer decoded the ids. `top_logprobs` has the likeliest tokens of each place, where asked
-    for. `routes` `[T, L, K]` are the experts of every token that was read (prompt and ids, less the last), where asked
-    for. `cached_tokens` of the prompt came from a state that was kept.
+    `text` is None where no tokenizer decoded the ids. Where asked for, `top_logprobs` has the likeliest tokens of each
+    place, and `routes` `[T, L, K]` the experts of every token that was read (prompt and ids, less the last).
+    `cached_tokens` of the prompt came from a state that was kept.
     """
 
     prompt_ids: tuple[int, ...]

@@ -22,7 +22,8 @@ class EngineConfig:
     it out for `max_running` answers of `context` tokens each; a single one may grow longer, up to all pages.
     `precision` is that of the weights: `own` leaves them as they are, `auto` is int8 on the CPU where the fused step
     runs, else bf16 on an accelerator and `own` on the CPU. `device` None is where the model lies. `path`
-    `auto` takes the fused step where it can run. Prompts are read in calls that end at multiples of `segment`; a state
+    `auto` takes the fused step where it can run, on `threads` threads (None: torch's number, which the model itself
+    always runs on). Prompts are read in calls that end at multiples of `segment`; a state
     is kept every `snapshot_every` tokens, at the end of a prompt and of an answer.
     """
 

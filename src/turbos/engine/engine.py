@@ -13,11 +13,11 @@ knows token ids, and text only where a tokenizer is given.
 from __future__ import annotations
 
 import copy
-import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from collections.abc import Sequence as Many
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -61,6 +61,9 @@ class Engine:
         self.weights = Weights.prepare(model, config)
         self.weights_version = 0
         shape, weight = model.config, model.embed_weight
+        beyond = sorted(id for id in self.eos_ids if not 0 <= id < shape.vocab_size)
+        if beyond:
+            raise UserError(f"engine: end token {beyond[0]} lies outside vocab_size {shape.vocab_size}")
         self.plan: MemoryPlan = plan(
             shape,
             self.weights.nbytes,
@@ -79,9 +82,10 @@ class Engine:
         self._runner = Runner(model, self.pool, self.weights.fused_step(self.pool))
         self._lock = threading.RLock()
         self._inbox: deque[Sequence] = deque()
-        self._numbers = itertools.count()
+        self._outbox: deque[tuple[Callable[[Delta], None], Delta]] = deque()
+        self._inside = False
         self._counters = Counters()
-        self._known_origin: tuple[int, Origin] | None = None
+        self._known_origin: Origin | None = None
 
     @classmethod
     def from_checkpoint(cls, name: str | Path, config: EngineConfig = DEFAULTS) -> Engine:
@@ -132,15 +136,13 @@ class Engine:
     ) -> list[Sequence]:
         """Put a request in line: `params.n` answers, whose deltas go to `sink` from the thread that drives the engine.
 
-        After `marks` tokens of the prompt (ends of messages, say) its state is kept. UserError for what cannot be.
+        A sink may call `submit`, `cancel` and `step`; what it raises comes out of the step, and the engine lives. After
+        `marks` tokens of the prompt (ends of messages, say) its state is kept. UserError for what cannot be.
         """
         prompt_ids = tuple(prompt)
         self._check(prompt_ids, params, marks)
         writers = [self._sampler.writer(params, prompt_ids, place, self.eos_ids) for place in range(params.n)]
-        answers = [
-            Sequence(next(self._numbers), prompt_ids, writer, params, frozenset(marks), sink or _nowhere)
-            for writer in writers
-        ]
+        answers = [Sequence(prompt_ids, writer, params, frozenset(marks), sink or _nowhere) for writer in writers]
         self._inbox.extend(answers)
         return answers
 
@@ -149,14 +151,18 @@ class Engine:
         answer.cancelled = True
         if self._lock.acquire(blocking=False):
             try:
-                self._receive()
+                # The same thread may be in the midst of a step: a stream that nobody holds any more is closed anywhere.
+                if not self._inside:
+                    with self._turn():
+                        self._receive()
             finally:
                 self._lock.release()
 
     def cancel_all(self) -> None:
         """End every answer that has not ended."""
-        for answer in [*self._inbox, *self.scheduler.sequences()]:
-            self.cancel(answer)
+        with self._lock:
+            for answer in [*self._inbox, *self.scheduler.sequences()]:
+                self.cancel(answer)
 
     def generate(
         self, prompts: Many[Many[int]], params: SamplingParams | Many[SamplingParams] = GREEDY
@@ -184,11 +190,15 @@ class Engine:
         """The deltas of a request as they come; leaving the loop early cancels it."""
         deltas: deque[Delta] = deque()
         answers = self.submit(prompt, params, marks=marks, sink=deltas.append)
+        unfinished = len(answers)
         try:
-            while deltas or not all(answer.finish for answer in answers):
+            # Counted by deltas: where another thread drives, an answer is over a moment before its last one is here.
+            while unfinished:
                 while deltas:
-                    yield deltas.popleft()
-                if not all(answer.finish for answer in answers):
+                    delta = deltas.popleft()
+                    unfinished -= delta.finish is not None
+                    yield delta
+                if unfinished:
                     self.step()
         finally:
             for answer in answers:
@@ -209,7 +219,9 @@ class Engine:
             raise UserError(f"engine: weights version {version}: {problem}")
         with self._lock, torch.no_grad():
             while self.scheduler.begun:
-                self._advance(only_begun=True)
+                with self._turn():
+                    self._receive()
+                    self._advance(only_begun=True)
             for name, tensor in own.items():
                 tensor.copy_(new[name])
             self.weights.pack()
@@ -217,6 +229,7 @@ class Engine:
             self.cache.set_version(version)
             self.scheduler.release_prompts()
             self.weights_version = version
+            self._known_origin = None
 
     # Sessions on disk
 
@@ -243,6 +256,11 @@ class Engine:
         with self._lock:
             session = load_session(path, self.cache, self._origin)
             try:
+                if session.snapshot.nbytes > self.cache.limit:
+                    raise UserError(
+                        f"{path}: a state takes {session.snapshot.nbytes / 1e6:.1f} MB, kept states have "
+                        f"{self.cache.limit / 1e6:.1f} MB: give the engine more memory"
+                    )
                 self.cache.keep_snapshot(session.ids, session.snapshot)
             finally:
                 self.cache.release(session.snapshot)
@@ -251,9 +269,9 @@ class Engine:
     @property
     def _origin(self) -> Origin:
         """What made this engine's states; hashed when first asked for, and again after new weights."""
-        if self._known_origin is None or self._known_origin[0] != self.weights_version:
-            self._known_origin = (self.weights_version, origin_of(self.model))
-        return self._known_origin[1]
+        if self._known_origin is None:
+            self._known_origin = origin_of(self.model)
+        return self._known_origin
 
     # Steps
 
@@ -266,9 +284,35 @@ class Engine:
     def step(self) -> bool:
         """Read up to a segment of prompts and write a token of each running answer; whether there is more to do."""
         with self._lock:
-            self._receive()
-            self._advance(only_begun=False)
+            with self._turn():
+                self._receive()
+                self._advance(only_begun=False)
             return self.busy
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """A change of what runs, then the deltas that came of it: no sink is called while anything is half done."""
+        inside, self._inside = self._inside, True
+        try:
+            yield
+        finally:
+            self._inside = inside
+        while self._outbox:
+            sink, delta = self._outbox.popleft()
+            sink(delta)
+
+    @contextmanager
+    def _whole(self, sequences: Many[Sequence]) -> Iterator[None]:
+        """If the model fails or Ctrl-C comes within, states may be half written: these sequences read them again."""
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            if not done:
+                for sequence in sequences:
+                    if sequence.row is not None:
+                        self.scheduler.step_back(sequence)
 
     def _receive(self) -> None:
         """Take new requests in, let cancelled ones go."""
@@ -286,7 +330,8 @@ class Engine:
             sequence = self.scheduler.admit(only_begun)
             if sequence is None:
                 break
-            tokens += self._read(sequence)
+            with self._whole([sequence]):
+                tokens += self._read(sequence)
         self._write()
 
     def _read(self, sequence: Sequence) -> int:
@@ -317,7 +362,8 @@ class Engine:
         self._counters.cached_tokens += sequence.cached_tokens
         if sequence.params.routes:
             # Members of a group share what its reader saw.
-            group.routes, sequence.routes = group.routes or tuple(sequence.routes), []
+            group.routes = group.routes or tuple(sequence.routes)
+            sequence.routes = list(group.routes)
         self.scheduler.prompt_was_read(sequence, hidden_D)
         if not sequence.writer.ids:
             if group.logits_V is None:
@@ -328,8 +374,11 @@ class Engine:
     def _write(self) -> None:
         """One token for each that writes; those that had stepped back read again what they had written."""
         batch = self.scheduler.batch()
-        if not batch:
-            return
+        if batch:
+            with self._whole(batch):
+                self._write_batch(batch)
+
+    def _write_batch(self, batch: list[Sequence]) -> None:
         rows = [sequence.row for sequence in batch if sequence.row is not None]
         ids = [sequence.ids(row.length, row.length + 1)[0] for sequence, row in zip(batch, rows, strict=True)]
         step = self._runner.step(rows, ids, any(sequence.params.routes for sequence in batch))
@@ -351,7 +400,7 @@ class Engine:
             delta = _written(sequence.writer, choice)
             self._counters.written_tokens += len(delta.ids)
             if delta.finish is None:
-                sequence.sink(delta)
+                self._outbox.append((sequence.sink, delta))
             else:
                 self._end(sequence, delta.finish, delta)
 
@@ -362,7 +411,7 @@ class Engine:
             self.cache.keep(sequence.ids(0, row.length), row)
         self.scheduler.end(sequence)
         sequence.finish, sequence.reason, sequence.weights_version = finish, delta.reason, self.weights_version
-        sequence.sink(delta)
+        self._outbox.append((sequence.sink, delta))
 
     def _check(self, prompt_ids: tuple[int, ...], params: SamplingParams, marks: Collection[int]) -> None:
         vocabulary = self.weights.model.config.vocab_size

@@ -43,7 +43,7 @@ class Weights:
     @classmethod
     def prepare(cls, model: LanguageModel, config: EngineConfig) -> Weights:
         """Move and round the model as the options say (in place); UserError where they cannot be honoured."""
-        model = model.to(config.device or model.embed_weight.device).eval().requires_grad_(False)
+        model = model.to(_device(model, config)).eval().requires_grad_(False)
         if model.embed_weight.device.type != "cpu" and config.precision != "own":
             model = model.to(torch.float32 if config.precision == "fp32" else torch.bfloat16)
         why_torch = _why_torch(model, config)
@@ -86,8 +86,23 @@ class Weights:
     def description(self) -> str:
         """Which step runs, on what, and why: one line."""
         weights = {"fp32": "fp32", "fp64": "float64", "bf16": "bf16", "int8": "int8 (a scale for each row)"}
-        step = f"plain torch step ({self.why_torch})" if self.why_torch else f"fused step, {self.threads} threads"
+        step = f"plain torch step ({self.why_torch})" if self.why_torch else f"fused step, {_threads(self.threads)}"
         return f"{step}, weights {weights[self.precision]}; prompts in segments of {self.segment} tokens"
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'' if count == 1 else 's'}{f' ({reason})' if (reason := threads_refusal()) else ''}"
+
+
+def _device(model: LanguageModel, config: EngineConfig) -> torch.device:
+    """Where the engine runs; UserError for a device that is none, or not here."""
+    if config.device is None:
+        return model.embed_weight.device
+    try:
+        return torch.empty(0, device=config.device).device
+    # What torch raises depends on the kind of device and on how torch was built.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"engine: device {config.device!r} is not here: {str(error).splitlines()[0]}") from error
 
 
 def _why_torch(model: LanguageModel, config: EngineConfig) -> str:

@@ -7,6 +7,7 @@ waits at the front.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator
 
@@ -29,7 +30,9 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.reading: Sequence | None = None
         self.writing: list[Sequence] = []
-        self._groups: dict[tuple[tuple[int, ...], bool], Group] = {}
+        self._groups: dict[tuple[object, ...], Group] = {}
+        self._stuck: Sequence | None = None
+        self._numbers = itertools.count()
         self.preemptions = 0
 
     @property
@@ -44,6 +47,8 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """A new sequence, at the end of the line."""
+        # Given here, so that age and place in the line agree whichever thread asked.
+        sequence.number = next(self._numbers)
         self._join(sequence)
         self.waiting.append(sequence)
 
@@ -55,7 +60,14 @@ class Scheduler:
         if self.reading is not None or not self.waiting:
             return self.reading
         first = self.waiting[0]
-        if (first.writer.ids or not only_begun) and self._seat(first):
+        if only_begun and not first.writer.ids:
+            return None
+        # Those that run only take room: until one of them gives some back, trying again is of no use.
+        if first is self._stuck and self.writing:
+            return None
+        seated = self._seat(first)
+        self._stuck = None if seated else first
+        if seated:
             self.reading = self.waiting.popleft()
         return self.reading
 
@@ -101,7 +113,15 @@ class Scheduler:
     # Rows
 
     def _seat(self, sequence: Sequence) -> bool:
-        """A row with what is known of the prompt in it; False (and nothing changed) where there is no room."""
+        """A row with what is known of the prompt in it; False where there is no room."""
+        while not self._takes_row(sequence):
+            # Where nobody runs, all memory is this sequence's, whatever was kept.
+            alone = self.reading is None and not self.writing
+            if not alone or not (self._drop_a_group() or self.cache.evict_pages(1)):
+                return False
+        return True
+
+    def _takes_row(self, sequence: Sequence) -> bool:
         row = self.pool.new_row()
         if row is None:
             return False
@@ -115,9 +135,7 @@ class Scheduler:
             sequence.hidden_D = snapshot.hidden_D if snapshot is not None and whole else None
             return True
         self.pool.free_row(row)
-        # Where nobody runs, all memory is this sequence's, whatever was kept.
-        alone = self.reading is None and not self.writing
-        return alone and (self._drop_a_group() or self.cache.evict_pages(1) > 0) and self._seat(sequence)
+        return False
 
     def _known(self, sequence: Sequence) -> Snapshot | None:
         """The longest state of the prompt that is there, held for the caller."""
@@ -149,7 +167,7 @@ class Scheduler:
             if self._youngest is sequence and self._drop_a_group():
                 continue
             youngest = self._youngest
-            self._step_back(youngest)
+            self.step_back(youngest)
             if youngest is sequence:
                 return False
         return True
@@ -163,8 +181,8 @@ class Scheduler:
     def _youngest(self) -> Sequence:
         return max((one for one in self.sequences() if one.row is not None), key=lambda one: one.number)
 
-    def _step_back(self, sequence: Sequence) -> None:
-        """Give the row back and wait at the front, among others there by age."""
+    def step_back(self, sequence: Sequence) -> None:
+        """Give the row back and wait at the front, among others there by age; it will read all of it again."""
         self.preemptions += 1
         joined = sequence not in self.writing
         self._remove(sequence)
@@ -182,22 +200,20 @@ class Scheduler:
                 place.remove(sequence)
         if sequence.row is not None:
             self.pool.free_row(sequence.row)
-            sequence.row = None
+            sequence.row = self._stuck = None
 
     # Groups
 
     def _join(self, sequence: Sequence) -> None:
-        key = (sequence.prompt_ids, sequence.params.routes)
-        sequence.group = self._groups.setdefault(key, sequence.group)
+        sequence.group = self._groups.setdefault(sequence.likeness, sequence.group)
         sequence.group.waiting += 1
 
     def forget_if_done(self, sequence: Sequence) -> None:
         """A group whose last member has begun to write needs its state no more."""
         group = sequence.group
-        key = (sequence.prompt_ids, sequence.params.routes)
-        if group.waiting == 0 and self._groups.get(key) is group:
+        if group.waiting == 0 and self._groups.get(sequence.likeness) is group:
             self._release(group)
-            del self._groups[key]
+            del self._groups[sequence.likeness]
 
     def release_prompts(self) -> None:
         """Forget the states of prompts that siblings wait for: the weights have changed."""
@@ -208,6 +224,7 @@ class Scheduler:
     def _release(self, group: Group) -> None:
         if group.snapshot is not None:
             self.cache.release(group.snapshot)
+            self._stuck = None
         group.snapshot = group.logits_V = None
 
     def _drop_a_group(self) -> bool:

@@ -40,7 +40,8 @@ class Group:
     """Sequences with one prompt: the first one reads it, the others begin with a copy of its state.
 
     `waiting` counts members that have not begun to write; `snapshot` is there once the prompt was read, as long as some
-    wait. `logits_V` follow the prompt; `routes` `[n, L, K]` are its experts, where the members want them.
+    wait. `logits_V` follow the prompt; `routes` `[n, L, K]` are its experts, where the members want them. Members read
+    alike: with the same marks, and all or none of them from kept states.
     """
 
     waiting: int = 0
@@ -51,14 +52,17 @@ class Group:
 
 @dataclass(eq=False)
 class Sequence:
-    """A running answer; `sink` is called with each delta, from the thread that drives the engine."""
+    """A running answer; `sink` is called with each delta, from the thread that drives the engine.
 
-    number: int
+    `number` is its place in the line, by age, once it stands there.
+    """
+
     prompt_ids: tuple[int, ...]
     writer: Writer
     params: SamplingParams
     marks: frozenset[int]
     sink: Callable[[Delta], None]
+    number: int = -1
     group: Group = field(default_factory=Group)
     row: PoolRow | None = None
     hidden_D: Tensor | None = None  # of the prompt's last token, where its state was there as a whole
@@ -67,12 +71,17 @@ class Sequence:
     cancelled: bool = False
     cached_tokens: int = 0
     weights_version: int = 0
-    routes: list[Tensor] = field(default_factory=list)  # [n, L, K] of what it read itself
+    routes: list[Tensor] = field(default_factory=list)  # [n, L, K] of what was read, by its group or itself
 
     @property
     def prompt_length(self) -> int:
         """Tokens of the prompt."""
         return len(self.prompt_ids)
+
+    @property
+    def likeness(self) -> tuple[object, ...]:
+        """What members of a group have in common."""
+        return self.prompt_ids, self.marks, self.params.routes, self.params.cache
 
     @property
     def total(self) -> int:
@@ -88,7 +97,6 @@ class Sequence:
     def completion(self) -> Completion:
         """The answer as it stands, for one that has ended."""
         assert self.finish is not None
-        routes = [*self.group.routes, *self.routes]
         return Completion(
             prompt_ids=self.prompt_ids,
             ids=tuple(self.writer.ids),
@@ -98,6 +106,6 @@ class Sequence:
             text=self.writer.text,
             reason=self.reason,
             top_logprobs=tuple(self.writer.tops),
-            routes=torch.cat(routes) if self.params.routes and routes else None,
+            routes=torch.cat(self.routes) if self.params.routes and self.routes else None,
             cached_tokens=self.cached_tokens,
         )

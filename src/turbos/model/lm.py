@@ -1,6 +1,7 @@
 """The language model: embedding, pre-norm residual sublayers, final norm, head. One module for every use.
 
-Training passes packed documents; prefill and decode also pass a state (`HybridState`, or the engine's pool): document b continues its sequence b.
+Training passes packed documents; prefill and decode also pass a state (`HybridState`, or the engine's pool): document b
+continues its sequence b.
 It is not a loss or a loop: those live in `ops.loss`, `train` and `generate`.
 
 >>> config = ModelConfig(vocab_size=64, hidden_size=16, layers="MFAF", mamba_heads=2, mamba_head_dim=8)
