@@ -49,15 +49,15 @@ class Sizes:
 
     context: int = 512
     steps: int = 32
-    rounds: int = 7
-    rounds_together: int = 5
+    rounds: int = 5
+    rounds_together: int = 3
     batches: tuple[int, ...] = (1, 8)
     deep: int = 8192
     deep_batch: int = 8
     deep_steps: int = 8
     threads: tuple[int, ...] = field(default_factory=lambda: tuple(dict.fromkeys((min(2, usable_cores()), 1))))
     kinds: tuple[str, ...] = ("f32", "bf16", "q8_0", "q4_0")
-    kinds_together: tuple[str, ...] = ("f32", "q8_0")
+    kinds_together: tuple[str, ...] = ()
 
     def kinds_for(self, batch: int, threads: int) -> tuple[str, ...]:
         """Files that llama.cpp runs in one contest."""

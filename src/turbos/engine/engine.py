@@ -158,12 +158,6 @@ class Engine:
             finally:
                 self._lock.release()
 
-    def cancel_all(self) -> None:
-        """End every answer that has not ended."""
-        with self._lock:
-            for answer in [*self._inbox, *self.scheduler.sequences()]:
-                self.cancel(answer)
-
     def generate(
         self, prompts: Many[Many[int]], params: SamplingParams | Many[SamplingParams] = GREEDY
     ) -> list[Completion]:
