@@ -17,7 +17,7 @@ from turbos.engine import cache, engine, pool, runner, sampler, sessions, view, 
 from turbos.engine.fused import build, weights
 from turbos.engine.scheduler import Scheduler
 from turbos.model.checkpoint import save_model
-from turbos.verify.answers import Path as Way
+from turbos.verify.answers import EnginePath
 from turbos.verify.certificate import verify
 from turbos.verify.engine_rows import shortened, wrongly_rounded
 from turbos.verify.same import Pair, difference, first_unlike
@@ -300,15 +300,15 @@ def test_the_first_unlike_token_is_named() -> None:
 
 def test_rounding_is_judged_by_each_rows_largest_number() -> None:
     model, other = tiny_model("MFAD"), tiny_model("MFAD")
-    assert wrongly_rounded(model, other, Way("fused", "fp32")) == ""
+    assert wrongly_rounded(model, other, EnginePath("fused", "fp32")) == ""
     weight = other.sublayers[0].mixer.in_proj.weight
     with torch.no_grad():
         weight[3, 2] += 0.3 / 127 * weight[3].abs().max()
-    assert "in_proj.weight was changed by 2.4e-03" in wrongly_rounded(model, other, Way("fused", "fp32"))
-    assert wrongly_rounded(model, other, Way("fused", "int8")) == ""
+    assert "in_proj.weight was changed by 2.4e-03" in wrongly_rounded(model, other, EnginePath("fused", "fp32"))
+    assert wrongly_rounded(model, other, EnginePath("fused", "int8")) == ""
     with torch.no_grad():
         other.sublayers[1].mixer.router_weight[0, 0] += 1e-6
-    assert "router_weight was changed" in wrongly_rounded(model, other, Way("fused", "int8"))
+    assert "router_weight was changed" in wrongly_rounded(model, other, EnginePath("fused", "int8"))
 
 
 def test_a_shortened_model_is_the_beginning_of_the_whole_one() -> None:

@@ -1,8 +1,8 @@
 """What rounding the weights costs a trained model: divergence from its fp32 self on text, and accuracy on problems.
 
 The rounded model is the torch model with the numbers that the packed weights stand for: the engine's fused step adds
-them up to the same logits (`turbos verify`), so this is the engine's quality too. Problems, of held-out seeds, are asked
-of checkpoints that speak our chats.
+them up to the same logits (`turbos verify`), so this is the engine's quality too. Problems, of held-out seeds, are
+asked of checkpoints that speak our chats.
 
     python -m turbos.bench.quality runs/demo/final smollm2-checkpoint          # a table
     python -m turbos.bench.quality runs/demo/final --write                     # and docs/results/quality.json

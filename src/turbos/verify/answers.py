@@ -2,7 +2,7 @@
 
 Engines work on copies of the model: they may round its weights. Nothing is judged here.
 
->>> Path("fused", "int8").label
+>>> EnginePath("fused", "int8").label
 'fused int8'
 """
 
@@ -32,7 +32,7 @@ PATIENCE = 1000
 
 
 @dataclass(frozen=True)
-class Path:
+class EnginePath:
     """A way of writing: the plain torch step, or the fused step over weights in some precision."""
 
     step: Literal["torch", "fused"]
@@ -69,7 +69,7 @@ class Crowd:
     pages: int
 
 
-def engine_of(model: LanguageModel, path: Path, running: int) -> Engine:
+def engine_of(model: LanguageModel, path: EnginePath, running: int) -> Engine:
     """An engine over a copy of a model, which writes so many answers at once."""
     config = EngineConfig(
         context=8 * PAGE,

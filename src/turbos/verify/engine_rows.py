@@ -19,7 +19,7 @@ from turbos.common.records import Completion
 from turbos.engine.fused.support import refusal
 from turbos.engine.metrics import EngineMetrics
 from turbos.model.lm import LanguageModel
-from turbos.verify.answers import Ask, Crowd, Path, answered, crowd_of, crowded, engine_of, one_by_one
+from turbos.verify.answers import Ask, Crowd, EnginePath, answered, crowd_of, crowded, engine_of, one_by_one
 from turbos.verify.implementation import OurModel
 from turbos.verify.kept import kept_is_fresh
 from turbos.verify.readings import RESIDUAL, Place
@@ -31,7 +31,12 @@ from turbos.verify.written import SLACK, compared, divergence, named
 STEPS = {"int8": 0.5 / 127, "bf16": 2.0**-8, "fp32": 0.0}
 """Half a step of each precision, relative to a row's largest number."""
 MODEL, ALONE, KEPT = "engine == model", "alone == crowd", "kept state == fresh"
-PATHS = (Path("torch", "fp32"), Path("fused", "fp32"), Path("fused", "bf16"), Path("fused", "int8"))
+PATHS = (
+    EnginePath("torch", "fp32"),
+    EnginePath("fused", "fp32"),
+    EnginePath("fused", "bf16"),
+    EnginePath("fused", "int8"),
+)
 ONLY_IN_FULL = (
     f"{KEPT} (torch fp32)",
     *(f"{row} (fused fp32)" for row in (ALONE, KEPT)),
@@ -74,25 +79,25 @@ class Written:
     """Answers of a crowd, the model with the numbers that the engine held, and what the engine counted."""
 
     answers: list[Completion]
-    model: OurModel
     metrics: EngineMetrics
 
 
-def write_in_crowd(ours: OurModel, path: Path, crowd: Crowd) -> Written:
-    """Let an engine answer all requests of a crowd at once."""
+def write_in_crowd(ours: OurModel, path: EnginePath, crowd: Crowd) -> tuple[Written, OurModel]:
+    """Let an engine answer all requests of a crowd at once; also the model with the numbers that it held."""
     engine = engine_of(ours.model, path, crowd.slots)
     with crowded(engine, crowd.pages):
         answers = answered(engine, crowd.asks)
-    return Written(answers, OurModel(engine.model, ours.family), engine.metrics())
+    return Written(answers, engine.metrics()), OurModel(engine.model, ours.family)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Party:
-    """A crowd on one path; it is written once, for all rows that look at it."""
+    """A crowd on one path; what was written is remembered for all rows that look at it, the engine's model is not."""
 
     subject: Subject
     ours: OurModel
-    path: Path
+    path: EnginePath
+    last: Written | None = None
 
     @cached_property
     def crowd(self) -> Crowd:
@@ -104,29 +109,34 @@ class Party:
         """One request for each answer."""
         return [one for ask in self.crowd.asks for one in ask.alone()]
 
-    @cached_property
+    def write(self) -> tuple[Written, OurModel]:
+        """Let an engine write; also the model with the numbers that it held."""
+        self.last, model = write_in_crowd(self.ours, self.path, self.crowd)
+        return self.last, model
+
+    @property
     def written(self) -> Written:
-        """What the engine wrote."""
-        return write_in_crowd(self.ours, self.path, self.crowd)
+        """What an engine wrote."""
+        return self.last or self.write()[0]
 
 
 def engine_is_model(party: Party) -> Check:
     """Log-probabilities and choices of a crowd's answers against the model that reads each text in one call."""
-    subject, path, written = party.subject, party.path, party.written
+    path, (written, model) = party.path, party.write()
     why = "one token at a time against chunks, matrix products of another height; twice the rounding of a logit"
     if path.step == "fused":
         why += "; the fused step's sums run in an order of its own"
     if path.precision != "fp32":
         why += f"; the model holds the numbers that {path.precision} weights stand for"
-    tolerance = SLACK * subject.rounding
-    wrong = wrongly_rounded(party.ours.model, written.model.model, path)
+    tolerance = SLACK * party.subject.rounding
+    wrong = wrongly_rounded(party.ours.model, model.model, path)
     if wrong:
         return Check(False, float("nan"), tolerance, wrong, why)
-    verdict = compared(subject, written.model, written.answers, party.asks)
+    verdict = compared(party.subject, model, written.answers, party.asks)
     where = verdict.where
     if not verdict.ok:
         where += f"; {first_wrong_sublayer(party)}"
-    note = "; ".join(filter(None, (_counted(written), _divergence(party), verdict.note)))
+    note = "; ".join(filter(None, (_counted(written), _divergence(party, model), verdict.note)))
     return Check(verdict.ok, verdict.error, tolerance, where, why, note)
 
 
@@ -138,17 +148,17 @@ def _counted(written: Written) -> str:
     return words
 
 
-def _divergence(party: Party) -> str:
+def _divergence(party: Party, model: OurModel) -> str:
     """How far rounded weights lead from the checkpoint's."""
     if party.path.precision == "fp32":
         return ""
     # Siblings read nearly the same.
     several = {answer.prompt_ids: answer for answer in party.written.answers}
-    nats = divergence(party.ours, party.written.model, list(several.values()))
+    nats = divergence(party.ours, model, list(several.values()))
     return f"KL to the checkpoint's own weights {nats:.1e} nats a token (random text)"
 
 
-def wrongly_rounded(before: LanguageModel, after: LanguageModel, path: Path) -> str:
+def wrongly_rounded(before: LanguageModel, after: LanguageModel, path: EnginePath) -> str:
     """The first tensor that an engine changed by more than its precision allows; empty where there is none."""
     changed = after.state_dict()
     for name, tensor in before.state_dict().items():
@@ -178,23 +188,21 @@ def first_wrong_sublayer(party: Party) -> str:
 
 def _agrees(party: Party, count: int) -> bool:
     model = OurModel(shortened(party.ours.model, count), party.ours.family)
-    written = write_in_crowd(model, party.path, party.crowd)
-    subject = replace(party.subject, implementation=model)
-    return compared(subject, written.model, written.answers, party.asks).ok
+    written, held = write_in_crowd(model, party.path, party.crowd)
+    return compared(replace(party.subject, implementation=model), held, written.answers, party.asks).ok
 
 
 def shortened(model: LanguageModel, count: int) -> LanguageModel:
     """The model's first sublayers between its embedding and its head; without any, one that adds nothing."""
     config = model.config
     cut = replace(config, layers=config.layers[:count]) if count else replace(config, layers="D", ffn_size=1)
-    short = LanguageModel(cut)
+    short = LanguageModel(cut).to(model.embed_weight.dtype)
     with torch.no_grad():
         for tensor in short.parameters():
             tensor.zero_()
-    kept = {name: tensor for name, tensor in model.state_dict().items() if name in short.state_dict() or not count}
-    own = {name: tensor for name, tensor in kept.items() if count or not name.startswith("sublayers.")}
+    own = {name: tensor for name, tensor in model.state_dict().items() if count or not name.startswith("sublayers.")}
     short.load_state_dict(own, strict=False)
-    return short.to(model.embed_weight.dtype)
+    return short
 
 
 def alone_is_crowd(party: Party) -> Check:

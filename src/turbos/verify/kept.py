@@ -7,14 +7,14 @@ with the same borders, so that bits are compared.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path as File
+from pathlib import Path
 
 from turbos.common.records import Completion
 from turbos.engine.engine import Engine
 from turbos.engine.sampling_params import SamplingParams
 from turbos.engine.sessions import load_state, save_state
 from turbos.engine.snapshot import origin_of
-from turbos.verify.answers import Ask, Path, answered, engine_of, ids_of, one_by_one
+from turbos.verify.answers import Ask, EnginePath, answered, engine_of, ids_of, one_by_one
 from turbos.verify.implementation import OurModel
 from turbos.verify.report import Check
 from turbos.verify.same import Pair, first_unlike
@@ -63,7 +63,7 @@ def texts_of(subject: Subject) -> Texts:
     return Texts(ids_of(prompt), max(1, length - 7), ids_of(rest), ids_of(other), params)
 
 
-def kept_is_fresh(subject: Subject, ours: OurModel, path: Path) -> Check:
+def kept_is_fresh(subject: Subject, ours: OurModel, path: EnginePath) -> Check:
     """Answers after states that were kept, branched off, forked and restored, against answers to the same prompts."""
     texts = texts_of(subject)
     # The plain step's bits depend on the height of the batch: there siblings write one after the other.
@@ -100,7 +100,7 @@ def keeping(engine: Engine, texts: Texts) -> list[Case]:
     return [Case(name, answered(engine, [Ask(prompt, texts.params)])[0], known) for name, prompt, known in asked]
 
 
-def restored(engine: Engine, other: Engine, texts: Texts, file: File) -> Case:
+def restored(engine: Engine, other: Engine, texts: Texts, file: Path) -> Case:
     """An answer of another engine, from a state that the first one wrote to a file."""
     origin = origin_of(engine.model)
     save_state(file, engine, texts.prompt, origin)

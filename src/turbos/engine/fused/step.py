@@ -148,7 +148,7 @@ class FusedStep:
 def warm_up(threads: int = 1) -> float:
     """Compile the step unless this machine has done so before (then it is loaded); returns the seconds it took.
 
-    What takes longer than a second says so on the error output.
+    What takes longer than a second says so where the error output is a terminal.
     """
     if threads > 1:
         # Torch's own pool of threads. The other layers are slower, and one must not be called from two Python threads.
@@ -157,7 +157,9 @@ def warm_up(threads: int = 1) -> float:
     kinds = tuple(numba.typeof(np.zeros(1, record)) for record in (INSTRUCTION, MATRIX, SIZES, CALL))
     start = time.perf_counter()
     notice = threading.Timer(1.0, print, [COMPILING], {"file": sys.stderr, "flush": True})
-    notice.start()
+    # Programs that read the error output want errors there, nothing else.
+    if sys.stderr.isatty():
+        notice.start()
     try:
         run.compile(kinds)
     finally:
