@@ -165,14 +165,14 @@ FAULTS = {
         quiet=(KEPT, ALONE),
     ),
     "an answer that stepped back skips a token": Fault(
-        *(engine.Engine, "_write", "if row.length == batch[place].total]", "if row.length >= batch[place].total - 1]"),
+        *(engine.Engine, "_write_batch", "if row.length == batch[place].total]", "if row.length >= batch[place].total - 1]"),
         *(ALONE, "answer 2 (prompt of 62 tokens, seed 32), token "),
         quiet=(KEPT,),
     ),
     "an answer that stepped back reads on with what it wrote last": Fault(
         *(
             engine.Engine,
-            "_write",
+            "_write_batch",
             "sequence.ids(row.length, row.length + 1)[0]",
             "sequence.ids(0, sequence.total)[-1]",
         ),

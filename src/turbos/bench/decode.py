@@ -3,7 +3,9 @@
 A model of 127M active parameters writes 32 tokens after a context of 512, alone and in a batch of 8, with both cores
 and with one; and a batch of 8 goes on at a context of 8192, whose keys are noise in both programs. In each round every
 program runs once. A row's ratio to `llama.cpp` is at equal width of weights (f32, bf16, q8_0); `llama.cpp q4_0` reads
-half the bytes of int8. `read floor` is what merely reading the same bytes from a long array would take, as a share.
+half the bytes of int8. `read floor` is the time in which torch reads as many bytes of an ordinary array, over ours: a
+yardstick and no bound, since weights on large pages were read up to 1.7 times as fast as that array. llama.cpp's clock
+includes its sampler, ours the choice of the likeliest token only.
 What the engine adds to the bare step has rows of its own (`decode_engine`).
 
     rows = bench_decode(Sizes(threads=(2,)))
@@ -153,7 +155,7 @@ def _engine_rows(model: LanguageModel, everyone: Field, sizes: Sizes, tokens: Se
 
 
 def _row(name: str, precision: str, times: Times, tokens: int, traffic: int) -> Row:
-    """Our rate, and how many times each peer's it is; `read floor` is a share, above 1 only where caches help."""
+    """Our rate, and how many times each peer's it is; `read floor` may be above 1, see the module."""
     peers = {"transformers": "transformers", "llama.cpp": f"llama.cpp {EQUAL_KINDS[precision]}"}
     if precision == "int8":
         peers["llama.cpp q4_0"] = f"llama.cpp {SMALLER_KIND}"

@@ -16,8 +16,9 @@ states twice (read and written). A step that is bound by memory alone would have
 32768 6.54 10.94
 131072 9.85 11.72
 
-The ratios are of these sizes: the more weights stand beside each token's keys, the longer the length at which attention
-begins to matter, for a single session. Many sessions at once share the weights (`--budget`).
+The ratios are of these sizes, which were chosen by this count: the more weights stand beside each token's keys, the
+longer the length at which attention begins to matter, for a single session. With hidden size 768, Mamba2 of 16 heads
+and feed-forwards of 640 the same count gives 5.3 at 32k and 9.0 at 128k. Many sessions share the weights (`--budget`).
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from turbos.model.lm import LanguageModel
 from turbos.model.package import Package, load_package
 
 TEXT = "english"
-TOKENS, DOCUMENT = 16384, 512
+TOKENS, DOCUMENT = 4096, 512
 """Tokens that are scored, and the most of one document."""
 ROUNDED: tuple[Precision, ...] = ("bf16", "int8")
 FAMILIES = ("addition/1", "chain_sum/1", "base_conversion/1", "gcd/0", "sorting/0")
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m turbos.bench.quality", description="What rounding weights costs.")
     parser.add_argument("checkpoints", nargs="+", metavar="NAME=CKPT", help="a name for the table and a checkpoint")
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"tokens of text (default {TOKENS})")
-    parser.add_argument("--problems", type=int, default=64, help="of each family (default 64; 0: none)")
+    parser.add_argument("--problems", type=int, default=16, help="of each family (default 16; 0: none)")
     parser.add_argument("--write", action="store_true", help="write docs/results/quality.json below this directory")
     args = parser.parse_args(argv)
     rows = []

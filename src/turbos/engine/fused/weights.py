@@ -103,13 +103,17 @@ class _Arena:
     """One block of memory on large pages, from which tensors of one dtype are cut."""
 
     def __init__(self, numbers: int, dtype: torch.dtype) -> None:
-        self._rest = huge.empty(numbers, dtype)
+        self._all = self._rest = huge.empty(numbers, dtype)
 
     def copy(self, tensor: Tensor) -> Tensor:
         """A tensor's numbers, moved here."""
         copy = self._rest[: tensor.numel()].view(tensor.shape).copy_(tensor)
         self._rest = self._rest[_room(tensor) :]
         return copy
+
+    def settle(self) -> None:
+        """Once filled: move what the system, short of large pages at that moment, put on small ones."""
+        huge.prefer(self._all, collapse=True)
 
 
 def _room(tensor: Tensor) -> int:
@@ -149,10 +153,12 @@ def pack(model: LanguageModel, precision: Precision) -> PackedModel:
         return matrix if precision == "fp32" else Matrix(arena.copy(matrix.weights), matrix.scales)
 
     head = packed(model.head_weight)
+    sublayers = tuple(_pack_sublayer(cast(Sublayer, sublayer), packed) for sublayer in model.sublayers)
+    arena.settle()
     return PackedModel(
         config=model.config,
         precision=precision,
-        sublayers=tuple(_pack_sublayer(cast(Sublayer, sublayer), packed) for sublayer in model.sublayers),
+        sublayers=sublayers,
         norm_D=_copy(model.norm_weight),
         embedding=head if model.config.tied else pack_matrix(model.embed_weight, "fp32"),
         head=head,
