@@ -165,7 +165,8 @@ FAULTS = {
         quiet=(KEPT, ALONE),
     ),
     "an answer that stepped back skips a token": Fault(
-        *(engine.Engine, "_write_batch", "if row.length == batch[place].total]", "if row.length >= batch[place].total - 1]"),
+        *(engine.Engine, "_write_batch"),
+        *("if row.length == batch[place].total]", "if row.length >= batch[place].total - 1]"),
         *(ALONE, "answer 2 (prompt of 62 tokens, seed 32), token "),
         quiet=(KEPT,),
     ),
