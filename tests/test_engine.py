@@ -398,3 +398,9 @@ def test_a_saved_session_goes_on_in_another_engine_to_the_last_bit(layers: str, 
         fresh.load_session(path)
     at_rest(fresh)
     at_rest(other)
+
+
+def test_longer_segments_are_planned_for() -> None:
+    short, long = engine_of(segment=64), engine_of(segment=4096)
+    assert long.plan.working_bytes > short.plan.working_bytes
+    assert long.plan.cache_bytes < short.plan.cache_bytes

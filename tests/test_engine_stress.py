@@ -99,7 +99,7 @@ def random_request(draw: random.Random, longest: int, prefixes: list[list[int]])
     room = longest - len(prompt)
     prompt, room = (prompt, room) if room > 1 else (prompt[-longest // 2 :], longest // 2)
     params = SamplingParams(
-        max_new_tokens=draw.randrange(1, min(room, 70) + 1),
+        max_new_tokens=draw.randrange(1, min(room, 100) + 1),
         temperature=draw.choice([0.0, 1.0, 1.0]),
         seed=draw.randrange(5),
         n=draw.choice([1, 1, 2, 4]),
@@ -118,9 +118,9 @@ class Crowd:
 
     def __init__(self, layers: str, seed: int) -> None:
         self.draw = random.Random(f"{layers} {seed}")
-        slots, pages = self.draw.choice([1, 2, 5, 9]), self.draw.choice([2, 3, 5, 9]) if "A" in layers else 0
+        slots, pages = self.draw.choice([2, 5, 9]), self.draw.choice([2, 3, 4, 6]) if "A" in layers else 0
         self.layers = layers
-        self.engine = tight_engine(layers, slots, pages, self.draw.choice([0.0, 0.3, 2.0]))
+        self.engine = tight_engine(layers, slots, pages, self.draw.choice([0.0, 0.34, 0.7]))
         self.requests: list[Request] = []
         self.longest = min(self.engine.longest or 300, 300)
         self.prefixes = [prompt_of(self.longest, seed) for seed in range(2)]
@@ -135,7 +135,7 @@ class Crowd:
                 request.prompt, request.params, marks=request.marks, sink=request.deltas.append
             )
             self.requests.append(request)
-            for _ in range(draw.choice([0, 0, 1, 5, 30])):
+            for _ in range(draw.choice([0, 0, 0, 1, 9])):
                 engine.step()
             running = [answer for request in self.requests for answer in request.answers if answer.finish is None]
             if running and draw.random() < 0.25:
@@ -196,12 +196,16 @@ def check_budget(request: Request, got: Completion) -> None:
         assert used <= max(budget, given)
 
 
-@pytest.mark.parametrize("layers", ("MFAD", "ADAD", "MDMD"))
-@pytest.mark.parametrize("seed", range(3))
+CROWDS = (("MFAD", 134), ("MFAD", 139), ("MFAFMD", 137), ("MFAFMD", 139), ("ADAD", 133), ("ADAD", 140), ("MDMD", 124))
+"""Of 160 that were tried, those with the most preemptions, one with a single page, one with a single slot."""
+
+
+@pytest.mark.parametrize(("layers", "seed"), CROWDS)
 def test_everything_at_once(layers: str, seed: int) -> None:
     crowd = Crowd(layers, seed)
-    crowd.run(14)
+    crowd.run(10)
     assert crowd.check() <= 1
+    assert crowd.engine.metrics().preemptions > 0 or (layers, seed) in (("ADAD", 140), ("MDMD", 124))
     at_rest(crowd.engine)
     at_rest(crowd.alone)
 

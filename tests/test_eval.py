@@ -214,3 +214,11 @@ def test_chart_is_written(tmp_path):
     assert path.read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(UserError, match="no scores"):
         plot_scores([], tmp_path / "none.png")
+
+
+def test_broken_weights_are_no_wrong_answers() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.norm_weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="answer 0 broke off after 0 tokens: the logits are not finite"):
+        evaluate(model, tiny_tokenizer(), [("gcd", 0)], num_problems=2)

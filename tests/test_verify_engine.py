@@ -13,7 +13,7 @@ import torch
 
 from model_cases import tiny_model
 from turbos.common.records import Completion
-from turbos.engine import cache, engine, pool, runner, sampler, sessions, view, writer
+from turbos.engine import cache, engine, pool, runner, sampler, view, writer
 from turbos.engine.fused import build, weights
 from turbos.engine.scheduler import Scheduler
 from turbos.model.checkpoint import save_model
@@ -165,8 +165,12 @@ FAULTS = {
         quiet=(KEPT, ALONE),
     ),
     "an answer that stepped back skips a token": Fault(
-        *(engine.Engine, "_write_batch"),
-        *("if row.length == batch[place].total]", "if row.length >= batch[place].total - 1]"),
+        *(
+            engine.Engine,
+            "_write_batch",
+            "if row.length == batch[place].total]",
+            "if row.length >= batch[place].total - 1]",
+        ),
         *(ALONE, "answer 2 (prompt of 62 tokens, seed 32), token "),
         quiet=(KEPT,),
     ),
@@ -194,7 +198,7 @@ FAULTS = {
         quiet=(TORCH, FUSED, INT8, ALONE),
     ),
     "a file's keys go to other pages": Fault(
-        *(sessions, "load_session", "zip(snapshot.pages, tensors", "zip(snapshot.pages[::-1], tensors"),
+        *(engine, "load_session", "zip(snapshot.pages, tensors", "zip(snapshot.pages[::-1], tensors"),
         *(KEPT, "restored from a file, token 0 first: |(1 of 7 answers differ)"),
         quiet=(TORCH, FUSED, INT8, ALONE),
     ),

@@ -72,6 +72,7 @@ class Engine:
             config.max_running,
             dtype=weight.dtype,
             device=weight.device,
+            segment=config.segment,
         )
         self.pool = StatePool(shape, self.plan.slots, self.plan.pages, weight.device, weight.dtype)
         self.cache = StateCache(self.pool, self.plan.cache_bytes)

@@ -17,15 +17,13 @@ from pathlib import Path
 import torch
 
 from turbos.common.errors import UserError
+from turbos.engine.config import SEGMENT
 from turbos.engine.layout import Layout
 from turbos.engine.pages import PAGE
 from turbos.model.config import ModelConfig
 
 SHARE = 0.7
 """Part of the available memory that is taken where nobody says how much."""
-
-SEGMENT_TOKENS = 512
-"""Tokens whose activations exist at once, for the estimate of working memory."""
 
 LEAST_CAP = 2**16
 """Pages that are taken in any case where memory allows: the tables of so many cost a megabyte."""
@@ -75,8 +73,11 @@ def plan(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    segment: int = SEGMENT,
 ) -> MemoryPlan:
     """Share out `memory` bytes (weights and working memory included) for sequences of up to `context` tokens.
+
+    Prompts are read `segment` tokens at once.
 
     `memory` None takes 70 % of what is available at present, where the weights have their place already. A quarter is
     for kept states, as far as one sequence of full length fits beside them; up to a quarter of the rest may go to slots
@@ -84,7 +85,7 @@ def plan(
     UserError where not even one sequence of one page fits.
     """
     layout = Layout.of(config, dtype)
-    working = _working_bytes(config, max_running)
+    working = _working_bytes(config, max_running, segment)
     free = int(SHARE * available_memory(device)) - working if memory is None else memory - weights_bytes - working
     least = layout.state_bytes + layout.page_bytes
     if free < least:
@@ -131,7 +132,7 @@ def _clamped(context: int, shorter: int, max_running: int, slots: int) -> list[s
     return cuts + ([f"max_running {max_running} to {slots}"] if slots < max_running else [])
 
 
-def _working_bytes(config: ModelConfig, max_running: int) -> int:
+def _working_bytes(config: ModelConfig, max_running: int, segment: int) -> int:
     """An estimate of what one call of the model needs at its peak, in fp32: one segment, or a step of all sequences."""
     widest = max(
         config.hidden_size,
@@ -141,7 +142,7 @@ def _working_bytes(config: ModelConfig, max_running: int) -> int:
         2 * config.ffn_size if "D" in config.layers else 0,
         2 * config.top_k * config.expert_size + 2 * config.shared_expert_size if "F" in config.layers else 0,
     )
-    return 4 * (SEGMENT_TOKENS * (4 * config.hidden_size + 3 * widest) + 3 * max_running * config.vocab_size)
+    return 4 * (segment * (4 * config.hidden_size + 3 * widest) + 3 * max_running * config.vocab_size)
 
 
 def available_memory(device: torch.device | str = "cpu") -> int:

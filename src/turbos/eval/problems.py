@@ -117,7 +117,7 @@ def answer_problems(
     prompts = [problem_prompt(tokenizer, problem, mode) for problem in problems]
     engine = problem_engine(model, max_batch)
     params = SamplingParams(max_new_tokens=max_new_tokens, stop_ids=stop_ids(tokenizer), cache=False)
-    completions = engine.generate(prompts, params)
+    completions = require_answers(engine.generate(prompts, params))
     pairs = zip(problems, completions, strict=True)
     return [grade(tokenizer, problem, mode, completion) for problem, completion in pairs]
 
@@ -125,6 +125,14 @@ def answer_problems(
 def problem_engine(model: LanguageModel, max_batch: int) -> Engine:
     """An engine that answers with a copy of a model's weights, as they are: nothing is rounded."""
     return Engine.of_copy(model, config=EngineConfig(precision="own", max_running=max_batch))
+
+
+def require_answers(completions: list[Completion]) -> list[Completion]:
+    """The completions; ValueError where one broke off, since weights that give no numbers are no wrong answer."""
+    for number, completion in enumerate(completions):
+        if completion.finish == "error":
+            raise ValueError(f"answer {number} broke off after {len(completion.ids)} tokens: {completion.reason}")
+    return completions
 
 
 def problem_prompt(tokenizer: Tokenizer, problem: Problem, mode: Mode) -> list[int]:

@@ -23,7 +23,7 @@ from turbos.common.errors import UserError
 from turbos.common.records import Completion, Problem, Sample
 from turbos.data.problems import FIRST_HELD_OUT_SEED, families, levels, make_problem
 from turbos.engine.sampling_params import SamplingParams
-from turbos.eval.problems import Answer, Mode, grade, problem_engine, problem_prompt, stop_ids
+from turbos.eval.problems import Answer, Mode, grade, problem_engine, problem_prompt, require_answers, stop_ids
 from turbos.model.lm import LanguageModel
 from turbos.text.tokenizer import Tokenizer
 from turbos.train.problems import ProblemMix
@@ -103,7 +103,7 @@ def sample_groups(
         prompts += [problem_prompt(tokenizer, task.problem, task.mode)] * config.samples
         params += [_params(tokenizer, task, config, sampling_seed(key, place, n)) for n in range(config.samples)]
     # The engine reads a group's prompt once and lets its answers begin with copies of that state.
-    completions = problem_engine(model, config.max_batch).generate(prompts, params)
+    completions = require_answers(problem_engine(model, config.max_batch).generate(prompts, params))
     groups = []
     for place, task in enumerate(tasks):
         siblings = completions[place * config.samples : (place + 1) * config.samples]

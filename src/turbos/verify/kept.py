@@ -12,8 +12,6 @@ from pathlib import Path
 from turbos.common.records import Completion
 from turbos.engine.engine import Engine
 from turbos.engine.sampling_params import SamplingParams
-from turbos.engine.sessions import load_state, save_state
-from turbos.engine.snapshot import origin_of
 from turbos.verify.answers import Ask, EnginePath, answered, engine_of, ids_of, one_by_one
 from turbos.verify.implementation import OurModel
 from turbos.verify.report import Check
@@ -102,9 +100,8 @@ def keeping(engine: Engine, texts: Texts) -> list[Case]:
 
 def restored(engine: Engine, other: Engine, texts: Texts, file: Path) -> Case:
     """An answer of another engine, from a state that the first one wrote to a file."""
-    origin = origin_of(engine.model)
-    save_state(file, engine, texts.prompt, origin)
-    load_state(file, other, origin)
+    engine.save_session(file, texts.prompt)
+    other.load_session(file)
     return Case("restored from a file", answered(other, [Ask(texts.longer, texts.params)])[0], len(texts.prompt))
 
 
