@@ -291,7 +291,7 @@ def test_a_client_that_leaves_a_stream_of_the_real_client_frees_its_slot(server:
 
 
 def test_a_slow_reader_keeps_nobody_waiting_and_gets_everything(server: Server) -> None:
-    body = {**ENDLESS, "max_tokens": 300, "seed": 1, "logprobs": True, "top_logprobs": 20}
+    body = {**ENDLESS, "max_tokens": 120, "seed": 1, "logprobs": True, "top_logprobs": 20}
     with connect(server) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.sendall(raw_request(server, json.dumps(body).encode(), Connection="close"))

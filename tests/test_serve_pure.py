@@ -247,11 +247,11 @@ def test_how_long_an_answer_may_be(
         assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_text_is_said_to_outgrow_a_limit_only_where_it_does(seed: int) -> None:
     draw = random.Random(seed)
     words = ["gcd ", "12", " ", "aé", "\n", "x" * 50, "add 12 and 34 "]
-    texts = ["".join(draw.choices(words, k=40_000)) for _ in range(2)]
+    texts = ["".join(draw.choices(words, k=12_000)) for _ in range(2)]
     count = sum(map(len, TOKENIZER.encode_batch(texts)))
     pieces = sum(len(text) // PIECE + 1 for text in texts)
     assert not outgrows(TOKENIZER, texts, count) and not outgrows(TOKENIZER, texts, None)

@@ -8,14 +8,16 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serve_cases import tiny_engine, tiny_service
+from serve_cases import serving, tiny_engine, tiny_service
 from session_cases import Talk, keeping
 from tiny import tiny_model, tiny_tokenizer
 from turbos.common.errors import UserError
 from turbos.engine.engine import Engine
+from turbos.serve.app import create_app
 from turbos.serve.service import Service, Usage
 from turbos.serve.sessions.directory import Directory
 from turbos.serve.sessions.records import Turn
+from turbos.serve.sessions.routes import sessions_router
 from turbos.serve.sessions.sessions import Sessions
 from turbos.serve.sessions.store import NoSession, Store
 from turbos.text.messages import Message, ToolCall
@@ -298,6 +300,27 @@ def test_no_session_is_named_by_anything_else(tmp_path: Path) -> None:
                 act(id)
     assert len(store.recent(10)) == 1
     store.close()
+
+
+def test_a_full_disk_is_told_and_keeps_what_there_was(tmp_path: Path) -> None:
+    service = tiny_service()
+    sessions = Sessions.open(service, tmp_path)
+    database = sessions._store._database
+    app = create_app(service, closing=[sessions.close])
+    app.include_router(sessions_router(sessions))
+    with serving(service, app=app) as server:
+        talk = Talk.begin(server)
+        talk.say(QUESTION)
+        before = talk.contents()
+        (pages,) = database.execute("PRAGMA page_count").fetchone()
+        database.execute(f"PRAGMA max_page_count = {pages}")
+        said = talk.say("x" * 900, max_tokens=2)
+        assert "disk is full" in said.of("error")[0]["message"] and str(tmp_path) not in str(said.events)
+        assert said.of("error")[0]["code"] == "server_error" and talk.contents() == before
+        refused = server.post("/v1/sessions", {"title": "y" * 200, "system": "z" * 9000})
+        assert refused.status_code == 507 and refused.json()["error"]["code"] == "storage_failed"
+        database.execute("PRAGMA max_page_count = 100000")
+        assert talk.say("and?").finish["turn"] == 3 and server.wait_idle(1.0)
 
 
 def test_a_transaction_that_fails_leaves_nothing(tmp_path: Path) -> None:

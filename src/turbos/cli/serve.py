@@ -135,6 +135,8 @@ def _serve(app: FastAPI, service: Service, options: ServeOptions, listening: soc
 
 def _bound(host: str, port: int) -> socket.socket:
     """A socket that is bound and does not listen yet; UserError where the address cannot be had."""
+    if not 0 <= port < 1 << 16:
+        raise UserError(f"cannot listen on port {port}: choose one from 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)

@@ -121,7 +121,7 @@ class AsyncEngine:
     async def load_weights(self, named: Iterable[tuple[str, Tensor]], version: int) -> None:
         """`Engine.load_weights` between two steps; nothing else runs meanwhile but the answers that it waits for.
 
-        From another thread `Engine.load_weights` itself might wait for ever: a busy driver hardly lets go of the engine.
+        The event loop runs on, where `Engine.load_weights` itself would hold it up.
         """
         load = _Load(dict(named), version)
         with self._lock:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
@@ -31,14 +31,6 @@ from turbos.text.tokenizer import Tokenizer
 
 DEFAULT_TOKENS = 16
 """OpenAI's, of a completion that names no number."""
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """One answer of the reply: its place, and what stands before it."""
-
-    index: int
-    echo: str
 
 
 async def complete(request: Request, body: CompletionRequest) -> Response:
@@ -76,9 +68,9 @@ async def _ask(serving: Serving, body: CompletionRequest) -> list[Asked]:
         raise too_long(None, limit, "prompt")
     prompts = [await asyncio.to_thread(service.text_prompt, text) for text in texts]
     found = []
+    limits = replace(serving.options, default_completion_tokens=DEFAULT_TOKENS)
     for prompt in prompts:
-        wanted = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
-        most = completion_tokens(wanted, len(prompt.ids), service.engine.longest, serving.options, "prompt")
+        most = completion_tokens(body.max_tokens, len(prompt.ids), service.engine.longest, limits, "prompt")
         params = sampling_params(body, most, logprobs=body.logprobs, eos_ids=service.engine.eos_ids)
         found.append(Asked(prompt, params, Thinking()))
     return found

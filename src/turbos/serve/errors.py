@@ -31,6 +31,7 @@ TYPES = {
     429: "rate_limit_error",
     500: "server_error",
     503: "server_error",
+    507: "server_error",
 }
 """OpenAI's types of errors by status; all others are an invalid request."""
 
@@ -78,6 +79,8 @@ def of_user_error(error: UserError) -> ApiError:
     """The 400 for a mistake that a room below found; the option is the word its message begins with."""
     if isinstance(error, ChatError):
         return of_chat_error(error, error.message)
+    if str(error).startswith("message "):
+        return ApiError(400, str(error), param="messages")
     named = re.match(r"([a-z_]+)(?: must| holds|:| needs| ')", str(error))
     return ApiError(400, str(error), param=None if named is None or named[1] == "engine" else named[1])
 

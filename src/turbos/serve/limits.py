@@ -62,6 +62,8 @@ class ServeOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"serve: {name} must be at least 1, not {value}")
+        if not (0 <= self.grace_seconds < 1e6 and 0 < self.stall_seconds < 1e6):
+            raise UserError("serve: grace_seconds and stall_seconds are seconds: not negative, and finite")
         if any(len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable() for key in self.api_keys):
             raise UserError(f"serve: an API key needs at least {SHORTEST_KEY} printable ASCII characters")
 

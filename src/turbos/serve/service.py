@@ -153,8 +153,8 @@ class Service:
         recalled = self.turns.recall(turns, tools)
         if not self.speaks_chat:
             if tools or thinking.mode != "auto":
-                what = "tools" if tools else f"thinking {thinking}"
-                raise UserError(f"{what}: this checkpoint's chat template is its own, and has none here")
+                what = "tools" if tools else "thinking"
+                raise UserError(f"{what}: this checkpoint's chat template is its own, which is asked for neither here")
             ids = tuple(foreign_prompt_ids(self.tokenizer, recalled.turns))
             return Prompt(ids, (), "foreign", (), recalled.key)
         rendered = render(self.tokenizer, recalled.turns, tools)

@@ -23,7 +23,7 @@ from turbos.serve.asking import Asked
 from turbos.serve.service import Cancellation, Finished, Part, Service
 from turbos.serve.sessions.directory import Directory
 from turbos.serve.sessions.records import Turn, title_of
-from turbos.serve.sessions.store import Store
+from turbos.serve.sessions.store import Store, StoreFailed
 from turbos.text.messages import Message
 
 LOG = logging.getLogger("turbos.serve.sessions")
@@ -125,7 +125,7 @@ class Answer:
         try:
             last = await self._write(desk)
         except UserError as error:
-            last = Failed(desk.directory.without_path(str(error)), is_ours=False)
+            last = Failed(desk.directory.without_path(str(error)), is_ours=isinstance(error, StoreFailed))
         # Whatever it is, it belongs to the listener; strangers learn no more than that it is our fault.
         except Exception:
             LOG.exception("session %s: its answer failed", self.session)

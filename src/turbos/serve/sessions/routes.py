@@ -20,6 +20,7 @@ Events are JSON with a `type`: start, notice, reasoning, content, tool, recast, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -47,9 +48,11 @@ from turbos.serve.sessions.schema import (
     usage_json,
 )
 from turbos.serve.sessions.sessions import Busy, Sessions
-from turbos.serve.sessions.store import NoSession
+from turbos.serve.sessions.store import NoSession, StoreFailed
 from turbos.serve.sse import DONE, EventStream, event
 from turbos.text.stream import ContentDelta, ReasoningDelta, ToolCallDelta
+
+LOG = logging.getLogger("turbos.serve.sessions")
 
 Id = Annotated[str, Path(max_length=200)]
 Render = Callable[[str], Awaitable[str]]
@@ -100,8 +103,9 @@ def _add_list(router: APIRouter, sessions: Sessions) -> None:
     async def create(body: CreateBody | None = None) -> Response:
         """A session without turns."""
         body = body or CreateBody()
-        session = await sessions.create(body.title or "", body.system or "")
-        return json_response(session_json(session), 201)
+        with _refused():
+            session = await sessions.create(body.title or "", body.system or "")
+            return json_response(session_json(session), 201)
 
     @router.get("")
     async def recent(
@@ -109,8 +113,9 @@ def _add_list(router: APIRouter, sessions: Sessions) -> None:
         offset: Annotated[int, Query(ge=0, lt=1 << 31)] = 0,
     ) -> Response:
         """Sessions, the one that was spoken in last first."""
-        found = await sessions.recent(limit, offset)
-        return json_response({"object": "list", "data": [session_json(session) for session in found]})
+        with _refused():
+            found = await sessions.recent(limit, offset)
+            return json_response({"object": "list", "data": [session_json(session) for session in found]})
 
 
 def _add_changes(router: APIRouter, sessions: Sessions, render: Render | None) -> None:
@@ -150,9 +155,10 @@ def _add_changes(router: APIRouter, sessions: Sessions, render: Render | None) -
 
 def _add_states(router: APIRouter, sessions: Sessions) -> None:
     @router.post("/{id}/save")
-    async def save(id: Id) -> Response:
+    async def save(id: Id, request: Request) -> Response:
         """Write the model's state, so that a restarted server reads nothing again."""
-        with _refused():
+        # What the engine has forgotten is read once more, as for an answer.
+        with serving_of(request).gate.admit(1), _refused():
             return json_response(session_json(await sessions.save(id)))
 
     @router.post("/{id}/load")
@@ -171,6 +177,10 @@ def _refused() -> Iterator[None]:
         raise ApiError(404, str(error), code="session_not_found") from error
     except Busy as error:
         raise ApiError(409, str(error), code="session_busy") from error
+    except StoreFailed as error:
+        # Where files lie is the server's own business; its log has the whole line.
+        LOG.error("%s", error)
+        raise ApiError(507, "the server's disk does not keep sessions at present", code="storage_failed") from error
 
 
 async def _whole(sessions: Sessions, id: str, render: Render | None) -> dict[str, Any]:

@@ -167,17 +167,17 @@ class Sessions:
             raise UserError(f"turn must lie between 0 and {session.num_turns}, not {count}")
         title = session.title if title is None else title
         forked = await asyncio.to_thread(self._store.fork, id, count, title[:LONGEST_TITLE])
-        if forked.saved_tokens is not None:
-            self._share_state(id, forked.id)
-        return forked
+        return forked if forked.saved_tokens is None else await self._share_state(id, forked)
 
-    def _share_state(self, id: str, other: str) -> None:
+    async def _share_state(self, id: str, forked: Session) -> Session:
         """Files of states are only ever replaced, so one may have two names."""
         try:
-            os.link(self._directory.state(id), self._directory.state(other))
+            os.link(self._directory.state(id), self._directory.state(forked.id))
         # It may just have gone, or the file system has no second names: the words are there.
         except OSError as error:
-            LOG.info("session %s: begins without a state on disk (%s)", other, error.strerror)
+            LOG.info("session %s: begins without a state on disk (%s)", forked.id, error.strerror)
+            return await asyncio.to_thread(self._store.mark_saved, forked.id, None, None)
+        return forked
 
     # States on disk
 

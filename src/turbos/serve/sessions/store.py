@@ -1,8 +1,8 @@
 """The index of sessions: conversations in SQLite, one transaction for each thing that happens, on disk when it returns.
 
 A process that is killed at any moment leaves each session as it was after its last whole turn. The states of the model
-are files of their own (`directory.py`). Calls are short and may come from any thread; what is wrong with the disk is a
-UserError.
+are files of their own (`directory.py`). Calls are short and may come from any thread; what is wrong with the disk is
+`StoreFailed`.
 
     store = Store(directory.index, tokenizer)
     session = store.create("greatest common divisors")
@@ -58,6 +58,10 @@ class NoSession(UserError):
     """No session has this id."""
 
 
+class StoreFailed(UserError):
+    """The index cannot be read or written: the disk is full, say."""
+
+
 class Store:
     """The index that lies at a path; made where there is none."""
 
@@ -94,7 +98,7 @@ class Store:
         try:
             yield
         except sqlite3.Error as error:
-            raise UserError(f"{self._path}: {error}; make room, or bring back a copy of the file") from error
+            raise StoreFailed(f"{self._path}: {error}; make room, or bring back a copy of the file") from error
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -103,10 +107,11 @@ class Store:
             self._database.execute("BEGIN IMMEDIATE")
             try:
                 yield self._database
-            except BaseException:
-                self._database.execute("ROLLBACK")
-                raise
-            self._database.execute("COMMIT")
+                self._database.execute("COMMIT")
+            finally:
+                # A full disk has ended it already.
+                if self._database.in_transaction:
+                    self._database.execute("ROLLBACK")
 
     # Sessions
 
