@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import openai
 import pytest
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from pydantic import BaseModel
 
 from serve_cases import Server, serving, tiny_engine
-from tiny import tiny_tokenizer
+from serve_chats import ASK, OFF, TAGS, TOKENIZER, TURNS, chat, chunks, finishes, summed
 from turbos.common.records import Completion
 from turbos.engine.engine import Engine
 from turbos.engine.sampling_params import SamplingParams
 from turbos.text.chat import parse, prompt_ids, render
-from turbos.text.messages import Message, Tool
-from turbos.text.parse import chat_tokens
-
-TOKENIZER = tiny_tokenizer()
-TAGS = chat_tokens(TOKENIZER)
-ASK = [{"role": "user", "content": "gcd of 12 and 18?"}]
-TURNS = [Message("user", "gcd of 12 and 18?")]
-OFF = {"thinking": "off"}
-"""A random model opens no thinking that it closes; where the answer matters, it is off."""
-
-ADD = {
-    "type": "function",
-    "function": {
-        "name": "add",
-        "description": "adds two numbers",
-        "parameters": {
-            "type": "object",
-            "properties": {"a": {"enum": [12, 34]}, "b": {"enum": [6]}},
-            "required": ["a", "b"],
-            "additionalProperties": False,
-        },
-    },
-}
-NOP = {"type": "function", "function": {"name": "nop"}}
+from turbos.text.messages import Message
 
 
 @pytest.fixture(scope="module")
@@ -64,38 +37,6 @@ def body_of(completion: Completion, thinking: str) -> Message:
     """The turn that ids spell, with what the prompt had opened of it."""
     opened = {"off": [TAGS.think, TAGS.think_end], "on": [TAGS.think], "auto": []}[thinking]
     return parse(TOKENIZER, [*opened, *completion.ids])
-
-
-def chat(server: Server, messages: Sequence[Any] = ASK, **options: Any) -> ChatCompletion:
-    settings = {"model": "tiny", "temperature": 0.0, "max_tokens": 24, "extra_body": OFF, **options}
-    reply: ChatCompletion = server.client().chat.completions.create(messages=list(messages), **settings)
-    return reply
-
-
-def chunks(server: Server, messages: Sequence[Any] = ASK, **options: Any) -> list[ChatCompletionChunk]:
-    settings = {"model": "tiny", "temperature": 0.0, "max_tokens": 24, "extra_body": OFF, **options}
-    return list(server.client().chat.completions.create(messages=list(messages), stream=True, **settings))
-
-
-def summed(parts: Sequence[ChatCompletionChunk], field: str, index: int = 0) -> str:
-    """All of a field of a stream's deltas."""
-    choices = [choice for part in parts for choice in part.choices if choice.index == index]
-    return "".join(getattr(choice.delta, field, None) or "" for choice in choices)
-
-
-def finishes(parts: Sequence[ChatCompletionChunk]) -> dict[int, str]:
-    return {choice.index: choice.finish_reason for part in parts for choice in part.choices if choice.finish_reason}
-
-
-def refusal(server: Server, **options: Any) -> dict[str, Any]:
-    """The error of a request that is a 400."""
-    settings = {"model": "tiny", "messages": ASK, "max_tokens": 4, **options}
-    with pytest.raises(openai.BadRequestError) as refused:
-        server.client().chat.completions.create(**settings)
-    assert refused.value.status_code == 400
-    error: dict[str, Any] = refused.value.body  # type: ignore[assignment]
-    assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
-    return error
 
 
 # Plain answers
@@ -270,118 +211,6 @@ def test_a_budget_of_thinking_is_kept(server: Server) -> None:
         assert details.reasoning_tokens <= budget
 
 
-# Tools
-
-
-def test_tools_stand_in_the_prompt_as_they_are_rendered(server: Server) -> None:
-    tools = [Tool(json.dumps(ADD))]
-    usage = chat(server, tools=[ADD], tool_choice="none", max_tokens=1).usage
-    assert usage.prompt_tokens == len(prompt_ids(TOKENIZER, TURNS, "off", tools))
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_required_call_is_a_call_that_its_schema_allows(server: Server, seed: int) -> None:
-    options: dict[str, Any] = {"temperature": 1.0, "seed": seed, "tools": [ADD, NOP], "tool_choice": "required"}
-    options |= {"max_tokens": 400}
-    reply, parts = chat(server, **options).choices[0], chunks(server, **options)
-    calls = reply.message.tool_calls
-    assert reply.finish_reason == "tool_calls" and calls and reply.message.content is None
-    for call in calls:
-        arguments = json.loads(call.function.arguments)
-        if call.function.name == "add":
-            assert arguments["a"] in (12, 34) and arguments == {"a": arguments["a"], "b": 6}
-        else:
-            assert (call.function.name, arguments) == ("nop", {})
-    streamed = [call for part in parts for choice in part.choices for call in choice.delta.tool_calls or ()]
-    assert [(one.index, one.function.name, one.function.arguments) for one in streamed] == [
-        (index, call.function.name, call.function.arguments) for index, call in enumerate(calls)
-    ]
-    assert len({call.id for call in calls}) == len(calls) and finishes(parts) == {0: "tool_calls"}
-
-
-def test_parallel_calls_are_several_unless_that_is_off(server: Server) -> None:
-    # A model that goes on with another call whenever it may.
-    eager: dict[str, Any] = {"logit_bias": {str(TAGS.call): 1000.0}, "max_tokens": 100, "tool_choice": "required"}
-    assert len(chat(server, tools=[NOP], **eager).choices[0].message.tool_calls) == 2
-    reply = chat(server, tools=[NOP], parallel_tool_calls=False, **eager).choices[0]
-    assert len(reply.message.tool_calls) == 1 and reply.finish_reason == "tool_calls"
-
-
-@pytest.mark.parametrize("thinking", [{"thinking": "off"}, {"thinking_budget": 4}])
-def test_a_named_tool_is_called_once(server: Server, thinking: dict[str, Any]) -> None:
-    choice = {"type": "function", "function": {"name": "add"}}
-    reply = chat(server, tools=[NOP, ADD], tool_choice=choice, max_tokens=200, extra_body=thinking).choices[0]
-    assert [call.function.name for call in reply.message.tool_calls or ()] == ["add"]
-    assert ("reasoning" in reply.message.model_dump()) and reply.finish_reason == "tool_calls"
-
-
-def test_no_call_comes_where_none_may(server: Server) -> None:
-    bias = {str(TAGS.call): 1000.0}
-    assert chat(server, tools=[ADD], logit_bias=bias, max_tokens=1, logprobs=True).choices[0].logprobs.content == []
-    reply = chat(server, tools=[ADD], tool_choice="none", logit_bias=bias, max_tokens=3, logprobs=True)
-    assert reply.choices[0].message.tool_calls is None and len(reply.choices[0].logprobs.content) == 3
-
-
-def test_a_result_goes_on_from_the_call(server: Server) -> None:
-    options: dict[str, Any] = {"tools": [ADD], "tool_choice": "required", "parallel_tool_calls": False}
-    first = chat(server, max_tokens=200, **options)
-    call = first.choices[0].message.tool_calls[0]
-    told = {"role": "tool", "tool_call_id": call.id, "content": "18"}
-    history = [*ASK, first.choices[0].message.model_dump(exclude_none=True), told]
-    second = chat(server, history, tools=[ADD], max_tokens=2)
-    read = first.usage.prompt_tokens + first.usage.completion_tokens
-    assert second.usage.prompt_tokens_details.cached_tokens >= read - 1
-    assert second.usage.prompt_tokens > read
-
-
-# Formats
-
-
-class Answer(BaseModel):
-    """What a structured answer holds."""
-
-    gcd: bool
-    steps: list[bool]
-
-
-def schema_format(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
-
-
-@pytest.mark.parametrize("thinking", [{"thinking": "off"}, {"thinking_budget": 3}])
-def test_a_structured_answer_keeps_to_its_schema(server: Server, thinking: dict[str, Any]) -> None:
-    schema = {
-        "type": "object",
-        "properties": {"gcd": {"enum": [2, 3, 6]}, "word": {"enum": ["six", "two"]}},
-        "required": ["gcd", "word"],
-        "additionalProperties": False,
-    }
-    for seed in range(3):
-        options: dict[str, Any] = {"temperature": 1.0, "seed": seed, "max_tokens": 200, "extra_body": thinking}
-        reply = chat(server, response_format=schema_format(schema), **options).choices[0]
-        found = json.loads(reply.message.content or "")
-        assert set(found) == {"gcd", "word"} and found["gcd"] in (2, 3, 6) and found["word"] in ("six", "two")
-        assert reply.finish_reason == "stop"
-
-
-def test_the_clients_own_parser_takes_a_structured_answer(server: Server) -> None:
-    class Verdict(BaseModel):
-        """One of two words."""
-
-        right: bool
-
-    reply = server.client().chat.completions.parse(
-        model="tiny", messages=ASK, response_format=Verdict, max_tokens=200, temperature=0.0, extra_body=OFF
-    )
-    assert isinstance(reply.choices[0].message.parsed, Verdict)
-
-
-def test_a_json_object_is_one_as_far_as_it_goes(server: Server) -> None:
-    bias = {str(TOKENIZER.encode("}")[0]): 100.0}
-    reply = chat(server, response_format={"type": "json_object"}, logit_bias=bias, max_tokens=64)
-    assert json.loads(reply.choices[0].message.content or "") == {}
-
-
 # What the cache holds
 
 
@@ -432,86 +261,6 @@ def test_an_edited_conversation_reads_only_what_is_new(server: Server) -> None:
     edited = chat(server, [history[0], {"role": "user", "content": "two"}], max_tokens=8)
     assert first.usage.prompt_tokens > system
     assert edited.usage.prompt_tokens_details.cached_tokens == system
-
-
-# Refusals
-
-
-@pytest.mark.parametrize(
-    ("options", "param"),
-    [
-        ({"temperature": -1.0}, "temperature"),
-        ({"top_p": 1.5}, "top_p"),
-        ({"n": 0}, "n"),
-        ({"n": 65}, "n"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": 10**9}, "max_tokens"),
-        ({"seed": 2**63}, "seed"),
-        ({"stop": ""}, "stop"),
-        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ({"top_logprobs": 2}, "top_logprobs"),
-        ({"logit_bias": {"x": 1.0}}, "logit_bias"),
-        ({"logit_bias": {"100000": 1.0}}, "logit_bias"),
-        ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"tools": [ADD, ADD]}, "tools"),
-        ({"tools": [ADD], "tool_choice": {"type": "function", "function": {"name": "sub"}}}, "tool_choice"),
-        ({"response_format": {"type": "xml"}}, "response_format"),
-        ({"response_format": schema_format({"type": "nothing"})}, None),
-        ({"response_format": schema_format({}), "stop": "x"}, None),
-        ({"service_tier": "flex"}, "service_tier"),
-        ({"store": True}, "store"),
-        ({"modalities": ["audio"]}, "modalities[0]"),
-        ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
-        ({"functions": [{"name": "add"}]}, "functions"),
-        ({"messages": [{"role": "assistant", "content": "6"}]}, "messages[0]"),
-        ({"messages": [{"role": "user", "content": ""}]}, "messages[0]"),
-        ({"messages": [*ASK, {"role": "system", "content": "late"}]}, "messages[1]"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, None),
-        ({"extra_body": {"thinking": "hard"}}, None),
-        ({"extra_body": {"reasoning_effort": "huge"}}, "reasoning_effort"),
-        ({"extra_body": {"min_tokens": 5}}, "min_tokens"),
-        ({"extra_body": {"thinking_budget": -1}}, "thinking_budget"),
-        ({"extra_body": {"thinking_budget": 1, "thinking_token_budget": 2}}, "thinking_budget"),
-    ],
-)
-@pytest.mark.parametrize("stream", [False, True])
-def test_what_cannot_be_honoured_is_a_400_that_names_it(
-    server: Server, options: dict[str, Any], param: str | None, stream: bool
-) -> None:
-    if stream and "stream_options" in options:
-        return
-    error = refusal(server, stream=stream, **options)
-    if param is not None:
-        assert error["param"] == param
-        assert param.split("[")[0] in error["message"]
-
-
-def test_an_unknown_model_is_a_404(server: Server) -> None:
-    with pytest.raises(openai.NotFoundError) as refused:
-        chat(server, model="gpt-4o")
-    assert refused.value.code == "model_not_found" and refused.value.param == "model"
-
-
-def test_a_prompt_that_does_not_fit_is_refused_and_named(server: Server) -> None:
-    longest = server.service.engine.longest
-    assert longest is not None
-    error = refusal(server, messages=[{"role": "user", "content": "ab" * longest}])
-    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
-    assert str(longest - 1) in error["message"]
-
-
-def test_an_answer_that_cannot_go_on_says_so(server: Server) -> None:
-    # JSON of nothing but a brace, which the bias forbids.
-    options: dict[str, Any] = {"response_format": {"type": "json_object"}, "max_tokens": 3}
-    options["logit_bias"] = {str(id): -math.inf for id in range(TOKENIZER.vocab_size)}
-    body = json.dumps({"messages": ASK, **options, **OFF})
-    for stream in ("false", "true"):
-        content = body[:-1] + f', "stream": {stream}}}'
-        reply = server.send("/v1/chat/completions", content.encode())
-        error = json.loads(reply.text.split("data: ")[-1])["error"] if stream == "true" else reply.json()["error"]
-        assert error["type"] == "invalid_request_error" and error["code"] == "no_token_allowed"
-        assert reply.status_code == (200 if stream == "true" else 400)
 
 
 # Models

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from serve_cases import PATIENCE, Server, serving, tiny_service
-from turbos.serve.entrance import LOG
+from turbos.serve.entrance import LOG, MOST_BODIES
 from turbos.serve.limits import ServeOptions
 
 CHAT = "/v1/chat/completions"
@@ -169,6 +169,25 @@ def test_a_body_beyond_the_limit_is_refused_before_it_is_read(says_so: bool) -> 
         assert is_alive(server)
 
 
+def test_more_bodies_than_memory_should_hold_are_sent_away() -> None:
+    with serving(options=ServeOptions(max_body=20_000)) as server:
+        held = [connect(server) for _ in range(MOST_BODIES)]
+        try:
+            for client in held:
+                # All of the largest body but its end.
+                client.sendall(raw_request(server, b" " * 20_000)[:-1])
+            end = time.monotonic() + PATIENCE
+            while (reply := server.send(CHAT, b" " * 15_000)).status_code != 429:
+                assert time.monotonic() < end and reply.status_code == 400
+            assert reply.headers["Retry-After"] == "1" and error_of(reply)["type"] == "rate_limit_error"
+        finally:
+            for client in held:
+                client.close()
+        while server.send(CHAT, b" " * 15_000).status_code != 400:
+            assert time.monotonic() < end
+        assert is_alive(server)
+
+
 # Keys and names
 
 
@@ -191,6 +210,17 @@ def test_a_name_that_a_browser_was_tricked_into_is_refused() -> None:
             reply = httpx.get(f"{server.url}/health", headers={"Host": name})
             assert reply.status_code in (400, 403), name
         assert httpx.get(f"{server.url}/health", headers={"Host": "[::1]:80"}).status_code == 200
+
+
+def test_a_page_of_another_site_changes_nothing(server: Server) -> None:
+    body = {"messages": ASK, "max_tokens": 2}
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:1", f"{server.url}.evil.example"):
+        reply = server.post(CHAT, body, headers={"Origin": origin})
+        assert reply.status_code == 403 and error_of(reply)["code"] == "origin_not_allowed"
+    assert server.post(CHAT, body, headers={"Origin": server.url}).status_code == 200
+    # What only reads is answered without leave to read it: there are no headers of CORS.
+    reply = httpx.get(f"{server.url}/v1/models", headers={"Origin": "http://evil.example"})
+    assert reply.status_code == 200 and not any(name.startswith("access-control") for name in reply.headers)
 
 
 # Too much at once

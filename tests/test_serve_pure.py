@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -160,6 +162,13 @@ def test_turns_of_one_text_are_kept_apart_by_their_thinking_and_the_first_one_st
         memory.remember(key, Message("assistant", "4", thinking=f"way {number}", ids=(number,)))
     assert memory.recall([*asked, Message("assistant", "4")]).turns[-1].ids == (0,)
     assert memory.recall([*asked, Message("assistant", "4", thinking="way 2")]).turns[-1].ids == (2,)
+
+
+def test_thinking_that_a_stream_sent_as_content_is_known_by_what_it_showed() -> None:
+    memory, asked = TurnMemory(), [Message("user", "2 plus 2?")]
+    said = Message("assistant", "4", thinking="2+2=4", ids=(7, 8))
+    memory.remember(memory.recall(asked).key, said, shown="2+2=44")
+    assert memory.recall([*asked, Message("assistant", "2+2=44")]).turns[-1] == said
 
 
 def test_memory_is_bounded_and_forgets_what_was_not_used() -> None:
@@ -450,7 +459,14 @@ def test_arguments_are_objects() -> None:
     assert refused.value.param == "tools[3].function.parameters"
 
 
-# Metrics and errors
+# Examples, metrics and errors
+
+
+@pytest.mark.parametrize(
+    "module", ["calls", "conversation", "errors", "limits", "log", "metrics", "reading", "service", "turns"]
+)
+def test_examples(module: str) -> None:
+    assert doctest.testmod(importlib.import_module(f"turbos.serve.{module}")).failed == 0
 
 
 def test_metrics_are_what_prometheus_reads() -> None:

@@ -18,7 +18,7 @@ from serve_cases import Server, serving, tiny_service
 from turbos.serve.assembly import assemble
 from turbos.serve.limits import ServeOptions
 
-FEW, MANY = 400, 5000
+FEW, MANY = 240, 5000
 """Cases of the fast and of the slow test."""
 
 

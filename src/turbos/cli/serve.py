@@ -76,12 +76,12 @@ def run(args: argparse.Namespace) -> int:
     options = _options(args)
     config = engine_config(args, max_running=args.max_running)
     use_threads(args.threads)
-    # Before the checkpoint is loaded: that takes a while, and a port that is taken should not.
-    with _bound(args.host, args.port) as listening:
-        from turbos.serve.log import log_to
-        from turbos.serve.service import Service
+    from turbos.serve.log import log_to
+    from turbos.serve.service import Service
 
-        log_to(sys.stderr, logging.WARNING if args.quiet else logging.INFO)
+    level = logging.WARNING if args.quiet else logging.INFO
+    # The port before the checkpoint is loaded: that takes a while, and a port that is taken should not.
+    with _bound(args.host, args.port) as listening, log_to(sys.stderr, level):
         service = Service.of_checkpoint(args.checkpoint, config, args.name)
         if not args.quiet:
             print(*service.engine.describe(), sep="\n", file=sys.stderr)

@@ -1,8 +1,8 @@
 """Constrained output: a grammar compiled for a tokenizer, and one answer's way through it. The work is llguidance's.
 
 A constraint says which tokens may come next; ends of an answer are not its tokens, so it says apart whether the answer
-may end. No special token is inside but those that a grammar names. Grammars come from strangers: one that cannot be compiled or met is a
-UserError, and one that fails later ends its own answer only.
+may end. No special token is inside but those that a grammar names. Grammars come from strangers: one that cannot be
+compiled or met is a UserError, and one that fails later ends its own answer only.
 
 >>> tokenizer = Tokenizer.train(["yes no maybe"] * 3, vocab_size=320)
 >>> constraint = GrammarCompiler(tokenizer).constraint(Grammar.choice(["yes", "no"]))

@@ -25,6 +25,7 @@ from turbos.serve.schema import MOST_ANSWERS, CompletionRequest
 from turbos.serve.service import Event, Finished, Part, Usage
 from turbos.serve.serving import Serving, serving_of
 from turbos.serve.sse import DONE, EventStream, event, until_gone
+from turbos.text.messages import surrogate
 from turbos.text.stream import ContentDelta
 from turbos.text.thinking import Thinking
 from turbos.text.tokenizer import Tokenizer
@@ -63,8 +64,11 @@ async def _ask(serving: Serving, body: CompletionRequest) -> list[Asked]:
     texts = _prompts(body.prompt)
     if not texts or len(texts) * (body.n or 1) > MOST_ANSWERS:
         raise ApiError(400, f"prompt: between 1 and {MOST_ANSWERS} answers at once, not {len(texts)}", param="prompt")
+    strings = [one for one in texts if isinstance(one, str)]
+    if any(surrogate(text) is not None for text in strings):
+        raise ApiError(400, "prompt: half a surrogate pair is no text", param="prompt")
     limit = most_prompt_tokens(service.engine.longest, serving.options)
-    if await asyncio.to_thread(outgrows, service.tokenizer, [one for one in texts if isinstance(one, str)], limit):
+    if await asyncio.to_thread(outgrows, service.tokenizer, strings, limit):
         raise too_long(None, limit, "prompt")
     prompts = [await asyncio.to_thread(service.text_prompt, text) for text in texts]
     found = []

@@ -2,7 +2,8 @@
 
 A plain ASGI layer, because every token of every stream passes it on the way out. Refusals are in OpenAI's shape. The
 log says of each request times and counts and never what was said, unless the options want that too. A name that a
-browser was tricked into (DNS rebinding) is refused where the server has a list of its own names.
+browser was tricked into (DNS rebinding) is refused where the server has a list of its own names, and so is another
+site's page that would change something here.
 
     {"event": "request", "id": "req-...", "method": "POST", "path": "/v1/chat/completions", "status": 200, ...}
 """
@@ -28,6 +29,8 @@ LOG = logging.getLogger("turbos.serve")
 GUARDED = ("/v1/", "/metrics", "/page/api/")
 """Beginnings of paths that want a key, where there are keys."""
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+SAFE = ("GET", "HEAD", "OPTIONS")
+"""Methods that change nothing: whichever page asks, it cannot read the answer."""
 LONGEST_PATH = 200
 MOST_BODIES = 16
 """Bodies of the largest size that are held in memory at once."""
@@ -89,6 +92,9 @@ class Entrance:
         host = headers.get(b"host", b"").decode("latin-1")
         if self._options.allowed_hosts and _name(host) not in self._options.allowed_hosts:
             return ApiError(403, f"this server is not called {host[:80]!r}", code="host_not_allowed")
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        if origin and scope["method"] not in SAFE and origin.partition("://")[2] != host:
+            return ApiError(403, f"a page of {origin[:80]!r} may change nothing here", code="origin_not_allowed")
         is_guarded = scope["path"].startswith(GUARDED)
         if self._keys.wanted and is_guarded and not self._keys.accept(headers.get(b"authorization", b"")):
             what = "a key is wanted: send it as 'Authorization: Bearer KEY'"

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TextIO
 
@@ -31,11 +33,20 @@ class JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
-def log_to(stream: TextIO, level: int) -> None:
-    """Send what the server and its HTTP library log to a stream, and nowhere else."""
+@contextmanager
+def log_to(stream: TextIO, level: int) -> Iterator[None]:
+    """Send what the server and its HTTP library log to a stream and nowhere else, as long as the context lasts."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonLines())
-    for name, least in (("turbos.serve", level), ("uvicorn.error", max(level, logging.WARNING))):
-        logger = logging.getLogger(name)
+    levels = {"turbos.serve": level, "uvicorn.error": max(level, logging.WARNING)}
+    loggers = [logging.getLogger(name) for name in levels]
+    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    for logger in loggers:
         logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(least)
+        logger.setLevel(levels[logger.name])
+    try:
+        yield
+    finally:
+        for logger, (handlers, propagate, least) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(least)

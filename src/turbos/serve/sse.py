@@ -57,6 +57,10 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
+class Stalled(Exception):
+    """A client has taken nothing for too long."""
+
+
 class EventStream(Response):
     """Sends the chunks of a stream as they come."""
 
@@ -72,12 +76,16 @@ class EventStream(Response):
         async with self._begin() as chunks:
             try:
                 await until_gone(receive, self._send(chunks, send))
-            except ClientDisconnect:
+            # Without the last chunk the connection is closed: whoever still reads sees that something is missing.
+            except (ClientDisconnect, Stalled):
                 return
 
     async def _send(self, chunks: AsyncIterator[bytes], send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for chunk in chunks:
-            async with asyncio.timeout(self._stall_seconds):
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            try:
+                async with asyncio.timeout(self._stall_seconds):
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            except TimeoutError as error:
+                raise Stalled from error
         await send({"type": "http.response.body", "body": b"", "more_body": False})
