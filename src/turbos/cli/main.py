@@ -58,6 +58,7 @@ VERBS = (
     Verb("data", "turbos.cli.data", "fetch and show texts to train on", resumes=True),
     Verb("generate", "turbos.cli.generate", "continue a text or answer a question"),
     Verb("chat", "turbos.cli.chat", "talk with a model in the terminal"),
+    Verb("serve", "turbos.cli.serve", "serve a model over HTTP, with a page to chat with it"),
     Verb("plot", "turbos.cli.plot", "draw the curves of a run"),
     Verb("describe", "turbos.cli.describe", "count a model's parameters, work and memory", takes_overrides=True),
     Verb("verify", "turbos.cli.verify", "prove that a checkpoint gives the same numbers however it is run"),

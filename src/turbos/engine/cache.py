@@ -236,6 +236,10 @@ class StateCache:
         self._misses += 1
         return Miss(reason)
 
+    def kept_length(self, ids: Sequence[int]) -> int:
+        """Tokens of the longest state kept of a beginning of `ids`, 0 for none; neither a hit nor a use."""
+        return next((place.length for place in self._places.known(ids) if place in self._kept), 0)
+
     def _note(self, reason: Reason | None) -> None:
         if reason is not None:
             self._refusals[reason] += 1

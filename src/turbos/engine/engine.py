@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from collections.abc import Sequence as Many
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ from turbos.engine.sampler import Choice, NoChoice, Sampler
 from turbos.engine.sampling_params import GREEDY, SamplingParams
 from turbos.engine.scheduler import Scheduler
 from turbos.engine.sequence import Delta, Sequence
-from turbos.engine.snapshot import Origin, load_session, origin_of, save_session
+from turbos.engine.snapshot import Origin, origin_of, place_session, read_session, save_session
 from turbos.engine.writer import Writer
 from turbos.model.lm import LanguageModel
 from turbos.text.tokenizer import Tokenizer
@@ -82,9 +83,11 @@ class Engine:
         warm_up()
         self._runner = Runner(model, self.pool, self.weights.fused_step(self.pool))
         self._lock = threading.RLock()
+        self._next = threading.Lock()
         self._inbox: deque[Sequence] = deque()
         self._outbox: deque[tuple[Callable[[Delta], None], Delta]] = deque()
         self._inside = False
+        self._holder: int | None = None
         self._counters = Counters()
         self._known_origin: Origin | None = None
 
@@ -147,16 +150,27 @@ class Engine:
         self._inbox.extend(answers)
         return answers
 
+    def check(self, prompt: Many[int], params: SamplingParams = GREEDY, *, marks: Collection[int] = ()) -> None:
+        """UserError for what `submit` would refuse, without putting it in line.
+
+        A grammar is compiled, which may take seconds, and kept: the `submit` that follows is quick.
+        """
+        prompt_ids = tuple(prompt)
+        self._check(prompt_ids, params, marks)
+        self._sampler.writer(params, prompt_ids, 0, self.eos_ids)
+
     def cancel(self, answer: Sequence) -> None:
         """End an answer: its memory is free before the next step, at once where none is running."""
         answer.cancelled = True
         if self._lock.acquire(blocking=False):
+            holder, self._holder = self._holder, threading.get_ident()
             try:
                 # The same thread may be in the midst of a step: a stream that nobody holds any more is closed anywhere.
                 if not self._inside:
-                    with self._turn():
+                    with self._change():
                         self._receive()
             finally:
+                self._holder = holder
                 self._lock.release()
 
     def generate(
@@ -212,9 +226,9 @@ class Engine:
         own = {**dict(self.weights.model.named_parameters()), **dict(self.weights.model.named_buffers())}
         for problem in _misfits(own, new):
             raise UserError(f"engine: weights version {version}: {problem}")
-        with self._lock, torch.no_grad():
+        with self._turn(), torch.no_grad():
             while self.scheduler.begun:
-                with self._turn():
+                with self._change():
                     self._receive()
                     self._advance(only_begun=True)
             for name, tensor in own.items():
@@ -233,23 +247,31 @@ class Engine:
 
         After an answer that is all but its last token. UserError where none is kept, or the disk refuses.
         """
-        with self._lock:
-            found = self.cache.find(ids)
-            if isinstance(found, Miss):
-                raise UserError(f"cannot save the session {path}: no state of its tokens is kept ({found.reason})")
-            try:
-                save_session(path, self.cache, found.snapshot, ids, self._origin)
-            finally:
+        # Weights are hashed once, which takes a while: before anybody must wait for it.
+        _ = self._origin
+        with self._turn():
+            found, origin = self.cache.find(ids), self._origin
+        if isinstance(found, Miss):
+            raise UserError(f"cannot save the session {path}: no state of its tokens is kept ({found.reason})")
+        try:
+            # What is held does not change: answers go on while the disk takes its time.
+            save_session(path, self.cache, found.snapshot, ids, origin)
+        finally:
+            with self._turn():
                 self.cache.release(found.snapshot)
-            return found.length
+        return found.length
 
     def load_session(self, path: Path) -> tuple[int, ...]:
         """Keep the state that a file holds, so that a prompt which begins with its tokens goes on from there.
 
         Returns the tokens. UserError, naming the file, for one that is damaged, of another model or too large.
         """
-        with self._lock:
-            session = load_session(path, self.cache, self._origin)
+        version = self.weights_version
+        tensors = read_session(path, self.pool, self._origin)
+        with self._turn():
+            if self.weights_version != version:
+                raise UserError(f"{path}: the engine's weights became others while the session was read")
+            session = place_session(path, self.cache, tensors)
             try:
                 if session.snapshot.nbytes > self.cache.limit:
                     raise UserError(
@@ -260,6 +282,11 @@ class Engine:
             finally:
                 self.cache.release(session.snapshot)
             return session.ids
+
+    def kept(self, ids: Many[int]) -> int:
+        """How many tokens the longest state has read that is kept of a beginning of `ids`; it is not used by that."""
+        with self._turn():
+            return self.cache.kept_length(ids)
 
     @property
     def _origin(self) -> Origin:
@@ -278,14 +305,32 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> bool:
         """Read up to a segment of prompts and write a token of each running answer; whether there is more to do."""
-        with self._lock:
-            with self._turn():
+        with self._turn():
+            with self._change():
                 self._receive()
                 self._advance(only_begun=False)
             return self.busy
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
+        """The engine for oneself, in turn: who only took the lock would wait for ever beside a busy driver.
+
+        A sink may come back within a turn; it holds the lock already and must not stand in line for it.
+        """
+        if self._holder == threading.get_ident():
+            yield
+            return
+        with self._next:
+            self._lock.acquire()
+        self._holder = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._holder = None
+            self._lock.release()
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
         """A change of what runs, then the deltas that came of it: no sink is called while anything is half done."""
         inside, self._inside = self._inside, True
         try:
@@ -406,7 +451,7 @@ class Engine:
             self.cache.keep(sequence.ids(0, row.length), row)
         self.scheduler.end(sequence)
         sequence.finish, sequence.reason, sequence.weights_version = finish, delta.reason, self.weights_version
-        self._outbox.append((sequence.sink, delta))
+        self._outbox.append((sequence.sink, replace(delta, completion=sequence.completion())))
 
     def _check(self, prompt_ids: tuple[int, ...], params: SamplingParams, marks: Collection[int]) -> None:
         vocabulary = self.weights.model.config.vocab_size
@@ -430,7 +475,8 @@ def _written(writer: Writer, choice: Choice | NoChoice) -> Delta:
         written = writer.fail(choice.reason)
         return Delta(writer.place, (), (), written.text, written.finish, writer.reason)
     written = writer.accept(choice.token, choice.logprob, choice.top)
-    return Delta(writer.place, (choice.token,), (choice.logprob,), written.text, written.finish, writer.reason)
+    tops = () if writer.params.logprobs is None else (choice.top,)
+    return Delta(writer.place, (choice.token,), (choice.logprob,), written.text, written.finish, writer.reason, tops)
 
 
 def _nowhere(delta: Delta) -> None:

@@ -1,8 +1,8 @@
 """Constrained output: a grammar compiled for a tokenizer, and one answer's way through it. The work is llguidance's.
 
 A constraint says which tokens may come next; ends of an answer are not its tokens, so it says apart whether the answer
-may end. Special tokens are never inside. Grammars come from strangers: one that cannot be compiled or met is a
-UserError, and one that fails later ends its own answer only.
+may end. No special token is inside but those that a grammar names. Grammars come from strangers: one that cannot be
+compiled or met is a UserError, and one that fails later ends its own answer only.
 
 >>> tokenizer = Tokenizer.train(["yes no maybe"] * 3, vocab_size=320)
 >>> constraint = GrammarCompiler(tokenizer).constraint(Grammar.choice(["yes", "no"]))
@@ -47,17 +47,31 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._backend: LLTokenizer | None = None
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
-        self._lock = threading.Lock()
+        # Compiling may take seconds: whoever wants a grammar that is there need not wait for it.
+        self._lock, self._compiling = threading.Lock(), threading.Lock()
 
     def constraint(self, grammar: Grammar) -> Constraint:
         """The beginning of an answer; UserError for a grammar that cannot be compiled or met. From any thread."""
+        matcher = self._copy(grammar)
+        if matcher is None:
+            with self._compiling:
+                matcher = self._copy(grammar) or self._keep(grammar, self._compile(grammar))
+        return Constraint(matcher, self._tokenizer, grammar.special_ids)
+
+    def _copy(self, grammar: Grammar) -> LLMatcher | None:
+        """A matcher at the beginning of a grammar that is kept."""
         with self._lock:
             if grammar not in self._compiled:
-                self._compiled[grammar] = self._compile(grammar)
+                return None
             self._compiled.move_to_end(grammar)
+            return self._compiled[grammar].deep_copy()
+
+    def _keep(self, grammar: Grammar, matcher: LLMatcher) -> LLMatcher:
+        with self._lock:
+            self._compiled[grammar] = matcher
             if len(self._compiled) > KEPT_GRAMMARS:
                 self._compiled.popitem(last=False)
-            return Constraint(self._compiled[grammar].deep_copy(), self._tokenizer)
+            return matcher.deep_copy()
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         from llguidance import LLMatcher
@@ -67,7 +81,7 @@ class GrammarCompiler:
         matcher = LLMatcher(self._backend, _source(grammar), log_level=0)
         if matcher.is_error():
             raise UserError(f"grammar ({grammar.kind}) cannot be compiled: {_first_line(matcher.get_error())}")
-        first = Constraint(matcher.deep_copy(), self._tokenizer)
+        first = Constraint(matcher.deep_copy(), self._tokenizer, grammar.special_ids)
         if not first.allowed().any():
             raise UserError(f"grammar ({grammar.kind}) cannot be met: no token may begin it")
         return matcher
@@ -76,9 +90,10 @@ class GrammarCompiler:
 class Constraint:
     """One answer on its way through a grammar."""
 
-    def __init__(self, matcher: LLMatcher, tokenizer: Tokenizer) -> None:
+    def __init__(self, matcher: LLMatcher, tokenizer: Tokenizer, special_ids: frozenset[int] = frozenset()) -> None:
+        """`special_ids` are the special tokens that may stand inside; no other may."""
         self._matcher, self._vocabulary = matcher, tokenizer.vocab_size
-        self._special = np.array(sorted(tokenizer.special_ids), np.int64)
+        self._special = np.array(sorted(tokenizer.special_ids - special_ids), np.int64)
         # One bit for each token and one for the end, in whole words of 32.
         self._bits = np.zeros(-(-(self._vocabulary + 1) // 32), np.int32)
 

@@ -54,10 +54,12 @@ class Grammar:
 
     `json_schema`: a schema as JSON; `json`: any JSON object, `text` is empty; `regex`: Rust's syntax, the whole answer
     matches (`\\d` is a digit of any script); `lark`: llguidance's dialect; `choice`: one of a JSON list of strings.
+    `special_ids` are the special tokens that may stand inside (`<[7]>` in lark); they are never let in otherwise.
     """
 
     kind: GrammarKind
     text: str = ""
+    special_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(GrammarKind):

@@ -17,14 +17,15 @@ from turbos.common.records import Completion, Finish
 from turbos.engine.cache import Snapshot
 from turbos.engine.pool import PoolRow
 from turbos.engine.sampling_params import SamplingParams
-from turbos.engine.writer import Writer
+from turbos.engine.writer import Top, Writer
 
 
 @dataclass(frozen=True)
 class Delta:
     """What a step added to answer `index` of a request: ids with their log-probabilities, and text that is certain.
 
-    Text lags behind ids while it may begin a stop string or a character is not whole. The last delta has `finish`.
+    Text lags behind ids while it may begin a stop string or a character is not whole. `tops` has the likeliest tokens
+    of each place, where asked for. The last delta has `finish` and the whole answer as `completion`.
     """
 
     index: int
@@ -33,6 +34,8 @@ class Delta:
     text: str = ""
     finish: Finish | None = None
     reason: str = ""
+    tops: tuple[Top, ...] = ()
+    completion: Completion | None = None
 
 
 @dataclass(eq=False)

@@ -122,7 +122,11 @@ def load_session(path: Path, cache: StateCache, origin: Origin) -> Session:
     UserError, naming the file, where it is damaged or of another model, other weights or other numbers, or where its
     pages do not fit; nothing is held then.
     """
-    tensors = _read(path, cache.pool, origin)
+    return place_session(path, cache, read_session(path, cache.pool, origin))
+
+
+def place_session(path: Path, cache: StateCache, tensors: Mapping[str, Tensor]) -> Session:
+    """The second half of `load_session`: what `read_session` gave, into the pool's pages."""
     ids = tuple(tensors["ids"].tolist())
     snapshot = Snapshot(
         length=len(ids),
@@ -153,8 +157,8 @@ def _take_pages(path: Path, cache: StateCache, length: int) -> tuple[int, ...]:
     return tuple(page for page in pages if page is not None)
 
 
-def _read(path: Path, pool: StatePool, origin: Origin) -> dict[str, Tensor]:
-    """The tensors of a file, all as they were written."""
+def read_session(path: Path, pool: StatePool, origin: Origin) -> dict[str, Tensor]:
+    """The first half of `load_session`: a file's tensors, all as they were written. The pool is not touched."""
     if not path.is_file():
         raise UserError(f"{path}: no such session file")
     try:

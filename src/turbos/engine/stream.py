@@ -14,8 +14,9 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -42,7 +43,7 @@ class AsyncEngine:
         self._ended = False
         self._failure: BaseException | None = None
         self._failure_is_known = False
-        self._streams: set[_Stream] = set()
+        self._streams: set[Stream] = set()
         self._loads: deque[_Load] = deque()
 
     def start(self) -> AsyncEngine:
@@ -80,8 +81,23 @@ class AsyncEngine:
         self, prompt: Sequence[int], params: SamplingParams = GREEDY, *, marks: Collection[int] = ()
     ) -> AsyncIterator[Delta]:
         """The deltas of a request, of all its `n` answers as they come; UserError for what cannot be."""
+        with self.open(prompt, params, marks=marks) as stream:
+            unfinished = len(stream.answers)
+            while unfinished:
+                for delta in await stream.get_all():
+                    unfinished -= delta.finish is not None
+                    yield delta
+
+    @contextmanager
+    def open(
+        self, prompt: Sequence[int], params: SamplingParams = GREEDY, *, marks: Collection[int] = ()
+    ) -> Iterator[Stream]:
+        """A request whose deltas are taken as many at a time as there are, and whose answers can be ended singly.
+
+        Leaving the context cancels what has not ended. Within a coroutine; UserError for what cannot be.
+        """
         self._check_running()
-        stream = _Stream(asyncio.get_running_loop())
+        stream = Stream(asyncio.get_running_loop(), self.engine.cancel)
         stream.answers = self.engine.submit(prompt, params, marks=marks, sink=stream.put)
         try:
             with self._lock:
@@ -89,21 +105,23 @@ class AsyncEngine:
             # It may have ended since it was asked.
             self._check_running()
             self._wake.set()
-            unfinished = len(stream.answers)
-            while unfinished:
-                delta = await stream.get()
-                unfinished -= delta.finish is not None
-                yield delta
+            yield stream
         finally:
             with self._lock:
                 self._streams.discard(stream)
-            self._cancel(stream)
+            stream.cancel()
             self._wake.set()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the model has raised an error: nothing is answered any more."""
+        with self._lock:
+            return self._failure is not None
 
     async def load_weights(self, named: Iterable[tuple[str, Tensor]], version: int) -> None:
         """`Engine.load_weights` between two steps; nothing else runs meanwhile but the answers that it waits for.
 
-        `Engine.load_weights` from another thread might wait for ever: a busy driver hardly lets go of the engine.
+        The event loop runs on, where `Engine.load_weights` itself would hold it up.
         """
         load = _Load(dict(named), version)
         with self._lock:
@@ -121,11 +139,6 @@ class AsyncEngine:
                 raise _closed()
             if self._thread is None:
                 raise UserError("engine: it is not running; open it with 'async with' or start()")
-
-    def _cancel(self, stream: _Stream) -> None:
-        for answer in stream.answers:
-            if answer.finish is None:
-                self.engine.cancel(answer)
 
     # In the thread
 
@@ -149,7 +162,7 @@ class AsyncEngine:
             load.refuse(_closed() if failure is None else failure)
         for stream in streams:
             if failure is None:
-                self._cancel(stream)
+                stream.cancel()
             else:
                 stream.fail(failure)
 
@@ -163,7 +176,7 @@ class AsyncEngine:
             gone = [stream for stream in self._streams if stream.loop.is_closed()]
             self._streams.difference_update(gone)
         for stream in gone:
-            self._cancel(stream)
+            stream.cancel()
 
 
 def _failed() -> RuntimeError:
@@ -202,18 +215,27 @@ class _Load:
 
 
 @dataclass(eq=False)
-class _Stream:
+class Stream:
     """Deltas on their way from the engine's thread to an event loop."""
 
     loop: asyncio.AbstractEventLoop
+    end: Callable[[Answer], None]
     answers: list[Answer] = field(default_factory=list)
     queue: asyncio.Queue[Delta | BaseException] = field(default_factory=asyncio.Queue)
 
     def put(self, delta: Delta) -> None:
+        """Add a delta, from any thread."""
         self._send(delta)
 
     def fail(self, error: BaseException) -> None:
+        """Let the reader hear of an error, from any thread."""
         self._send(error)
+
+    def cancel(self, index: int | None = None) -> None:
+        """End one answer, or all."""
+        for answer in self.answers if index is None else self.answers[index : index + 1]:
+            if answer.finish is None:
+                self.end(answer)
 
     def _send(self, item: Delta | BaseException) -> None:
         try:
@@ -223,8 +245,14 @@ class _Stream:
             if not self.loop.is_closed():
                 raise
 
-    async def get(self) -> Delta:
-        item = await self.queue.get()
-        if isinstance(item, BaseException):
-            raise _failed() from item
-        return item
+    async def get_all(self) -> list[Delta]:
+        """The deltas that are there, at least one: a reader that was late gets several at once."""
+        items = [await self.queue.get()]
+        while not self.queue.empty():
+            items.append(self.queue.get_nowait())
+        deltas = []
+        for item in items:
+            if isinstance(item, BaseException):
+                raise _failed() from item
+            deltas.append(item)
+        return deltas

@@ -52,6 +52,7 @@ __all__ = [
     "Thinking",
     "Tool",
     "ToolCall",
+    "opening_ids",
     "parse",
     "prompt_ids",
     "read",
@@ -187,8 +188,12 @@ def prompt_ids(
     mode = Thinking.parse(thinking) if isinstance(thinking, str) else thinking
     ids = list(render(tokenizer, messages, tools).ids)
     check_prompt(messages)
-    ends = [tokenizer.special(name) for name in ("<|assistant|>", *OPENED[mode.mode])]
-    return [*ids, *ends]
+    return [*ids, *opening_ids(tokenizer, mode)]
+
+
+def opening_ids(tokenizer: Tokenizer, thinking: Thinking) -> list[int]:
+    """What stands in a prompt after its messages: the assistant's turn, begun as the mode of thinking wants it."""
+    return [tokenizer.special(name) for name in ("<|assistant|>", *OPENED[thinking.mode])]
 
 
 def read(tokenizer: Tokenizer, ids: Sequence[int]) -> Conversation:

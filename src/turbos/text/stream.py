@@ -19,6 +19,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from turbos.text.messages import Message, ToolCall
 from turbos.text.parse import call_of, chat_tokens
@@ -54,6 +55,9 @@ class RecastDelta:
 
 Delta = ReasoningDelta | ContentDelta | ToolCallDelta | RecastDelta
 
+Place = Literal["start", "thinking", "content", "call"]
+"""Parts of a turn; at the start its first token decides."""
+
 
 class TurnStream:
     """Reads one turn; `prompt` (all tokens before it) says whether its thinking was opened or closed already."""
@@ -64,7 +68,7 @@ class TurnStream:
         self._deltas: list[Delta] = []
         self._given: list[Delta] = []
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._place = "start"
+        self._place: Place = "start"
         self._call: list[int] = []
         # Blanks that may turn out to be all there is between two calls, and whether this part is known to be more.
         self._blank, self._said = "", False
@@ -74,6 +78,11 @@ class TurnStream:
         assistant = self._tokens.roles["assistant"]
         if assistant in prompt:
             self.feed(prompt[len(prompt) - list(reversed(prompt)).index(assistant) :])
+
+    @property
+    def place(self) -> Place:
+        """Where in the turn the next token stands."""
+        return self._place
 
     def feed(self, ids: Sequence[int]) -> list[Delta]:
         """What the next tokens add; nothing after an end token (`ended` is true then)."""
@@ -123,7 +132,7 @@ class TurnStream:
         else:
             self._add_text(self._decoder.decode(self._tokenizer.token_bytes(id)))
 
-    def _leave(self, place: str) -> None:
+    def _leave(self, place: Place) -> None:
         self._flush()
         self._place = place
 

@@ -1,0 +1,161 @@
+"""`turbos serve CKPT`: a model over HTTP, as OpenAI's interface, with sessions and a page to chat with it.
+
+Only this machine reaches it unless `--host` says otherwise; whoever reaches it may ask unless `--api-key-file` names
+keys. The first Ctrl-C lets open answers end, the second one does not. stdout has the address, stderr what the engine is
+and a line of JSON for each request, without what was said.
+
+    turbos serve runs/demo/final --port 8000
+    curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+        -d '{"messages": [{"role": "user", "content": "What is the greatest common divisor of 12 and 18?"}]}'
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import ipaddress
+import logging
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from turbos.cli.engine_options import add_engine_options, engine_config, read_bytes
+from turbos.cli.stages import use_threads
+from turbos.common.errors import UserError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from turbos.serve.limits import ServeOptions
+    from turbos.serve.service import Service
+
+NEEDED = ("fastapi", "uvicorn", "pydantic", "markdown_it", "mdit_py_plugins", "pygments", "latex2mathml", "nh3")
+LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declare the verb."""
+    parser = subparsers.add_parser("serve", help="serve a model over HTTP", allow_abbrev=False)
+    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory or hub id")
+    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default 127.0.0.1: this machine only")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="default 8000; 0 takes a free one")
+    parser.add_argument("--name", metavar="TEXT", help="what the model is called (default: the run's or hub's name)")
+    parser.add_argument("--sessions", type=Path, metavar="DIR", help="keep sessions here (default: until it stops)")
+    _add_access(parser.add_argument_group("access"))
+    _add_limits(parser.add_argument_group("limits"))
+    add_engine_options(parser)
+
+
+def _add_access(group: Any) -> None:
+    group.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys, one a line; requests must carry one")
+    group.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that requests may call this server by (repeatable)",
+    )
+    group.add_argument("--log-prompts", action="store_true", help="log what is said, too")
+
+
+def _add_limits(group: Any) -> None:
+    group.add_argument("--max-running", type=int, default=64, metavar="N", help="answers written at once (default 64)")
+    group.add_argument("--max-open", type=int, default=512, metavar="N", help="answers that run or wait (default 512)")
+    group.add_argument("--max-body", default="16MiB", metavar="SIZE", help="of a request (default 16MiB)")
+    group.add_argument("--max-prompt-tokens", type=int, metavar="N", help="default: what memory holds")
+    group.add_argument("--max-completion-tokens", type=int, metavar="N", help="default: what memory holds")
+    group.add_argument("--grace", type=float, default=30.0, metavar="SECONDS", help="for open answers, when it stops")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load the checkpoint and serve it until the process is told to stop."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"turbos serve needs {', '.join(missing)}: pip install 'turbos[serve]'")
+    options = _options(args)
+    config = engine_config(args, max_running=args.max_running)
+    use_threads(args.threads)
+    from turbos.serve.log import log_to
+    from turbos.serve.service import Service
+
+    level = logging.WARNING if args.quiet else logging.INFO
+    # The port before the checkpoint is loaded: that takes a while, and a port that is taken should not.
+    with _bound(args.host, args.port) as listening, log_to(sys.stderr, level):
+        service = Service.of_checkpoint(args.checkpoint, config, args.name)
+        if not args.quiet:
+            print(*service.engine.describe(), sep="\n", file=sys.stderr)
+        _serve(_application(args, service, options), service, options, listening)
+    return 0
+
+
+def _options(args: argparse.Namespace) -> ServeOptions:
+    from turbos.serve.limits import ServeOptions, read_keys
+
+    names = [*LOCAL_NAMES, _spelt(args.host), *args.allow_host] if _is_local(args.host) else args.allow_host
+    return ServeOptions(
+        api_keys=() if args.api_key_file is None else read_keys(args.api_key_file),
+        max_body=read_bytes(args.max_body),
+        max_prompt_tokens=args.max_prompt_tokens,
+        max_completion_tokens=args.max_completion_tokens,
+        max_open=args.max_open,
+        grace_seconds=args.grace,
+        allowed_hosts=tuple(names),
+        sessions=args.sessions,
+        log_prompts=args.log_prompts,
+    )
+
+
+def _application(args: argparse.Namespace, service: Service, options: ServeOptions) -> FastAPI:
+    from turbos.model.hub import resolve_checkpoint
+    from turbos.serve.assembly import assemble
+    from turbos.serve.page.play import demo_families
+
+    return assemble(service, options, demo_families(resolve_checkpoint(args.checkpoint), service.engine.model.config))
+
+
+def _serve(app: FastAPI, service: Service, options: ServeOptions, listening: socket.socket) -> None:
+    """Run the server on a bound socket until a signal ends it."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(options.grace_seconds)),
+    )
+    host, port = listening.getsockname()[:2]
+    where = f"http://{_spelt(host)}:{port}"
+    print(f"{service.model_name}: {where}/ is the page, {where}/v1 the interface; Ctrl-C stops", flush=True)
+    if not options.api_keys and not _is_local(host):
+        print("whoever reaches this address may ask: --api-key-file names keys", file=sys.stderr)
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that is bound and does not listen yet; UserError where the address cannot be had."""
+    if not 0 <= port < 1 << 16:
+        raise UserError(f"cannot listen on port {port}: choose one from 0 to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, OverflowError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot listen on {host} port {port}: {why}; choose with --host and --port") from error
+    return bound
+
+
+def _is_local(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _spelt(host: str) -> str:
+    """A host as an address in the browser has it."""
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,1 @@
+"""The page at `/`: plain files, what renders answers for it, and the play and meter tabs behind it."""
