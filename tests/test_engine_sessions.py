@@ -102,12 +102,22 @@ def test_an_answer_that_was_stopped_leaves_its_state() -> None:
     assert first.ids == alone.ids and first.cached_tokens == len(PROMPT) + len(written) - 1
 
 
-def test_an_answer_stopped_before_it_began_leaves_nothing() -> None:
+def test_an_answer_stopped_while_its_prompt_is_read_leaves_what_was_read() -> None:
     engine = tiny_engine(segment=10)
     (answer,) = engine.submit(PROMPT, LONG)
     engine.step()
     engine.cancel(answer)
     engine.step()
+    assert answer.finish == "cancelled" and engine.kept(PROMPT) == 10
+    (again,) = engine.generate([PROMPT], LONG)
+    (alone,) = tiny_engine(segment=10).generate([PROMPT], LONG)
+    assert again.cached_tokens == 10 and again.ids == alone.ids
+
+
+def test_an_answer_stopped_before_anything_was_read_leaves_nothing() -> None:
+    engine = tiny_engine()
+    (answer,) = engine.submit(PROMPT, LONG)
+    engine.cancel(answer)
     assert answer.finish == "cancelled" and engine.kept(PROMPT) == 0 and engine.metrics().cache.snapshots == 0
 
 
