@@ -321,6 +321,11 @@ def test_a_full_disk_is_told_and_keeps_what_there_was(tmp_path: Path) -> None:
         assert refused.status_code == 507 and refused.json()["error"]["code"] == "storage_failed"
         database.execute("PRAGMA max_page_count = 100000")
         assert talk.say("and?").finish["turn"] == 3 and server.wait_idle(1.0)
+        (tmp_path / "states").rmdir()
+        refused = server.post(f"/v1/sessions/{talk.id}/save", {})
+        assert refused.status_code == 507 and refused.json()["error"]["code"] == "storage_failed"
+        (tmp_path / "states").mkdir()
+        assert server.post(f"/v1/sessions/{talk.id}/save", {}).status_code == 200
 
 
 def test_a_transaction_that_fails_leaves_nothing(tmp_path: Path) -> None:

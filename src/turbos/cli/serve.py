@@ -12,11 +12,13 @@ and a line of JSON for each request, without what was said.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import ipaddress
 import logging
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
     from turbos.serve.limits import ServeOptions
     from turbos.serve.service import Service
+    from turbos.serve.sessions.directory import Directory
 
 NEEDED = ("fastapi", "uvicorn", "pydantic", "markdown_it", "mdit_py_plugins", "pygments", "latex2mathml", "nh3")
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -80,12 +83,12 @@ def run(args: argparse.Namespace) -> int:
     from turbos.serve.service import Service
 
     level = logging.WARNING if args.quiet else logging.INFO
-    # The port before the checkpoint is loaded: that takes a while, and a port that is taken should not.
-    with _bound(args.host, args.port) as listening, log_to(sys.stderr, level):
+    # Before the checkpoint is loaded, which takes a while: a port or a directory that is taken should not.
+    with _bound(args.host, args.port) as listening, _held(options.sessions) as held, log_to(sys.stderr, level):
         service = Service.of_checkpoint(args.checkpoint, config, args.name)
         if not args.quiet:
             print(*service.engine.describe(), sep="\n", file=sys.stderr)
-        _serve(_application(args, service, options), service, options, listening)
+        _serve(_application(args, service, options, held), service, options, listening)
     return 0
 
 
@@ -106,12 +109,22 @@ def _options(args: argparse.Namespace) -> ServeOptions:
     )
 
 
-def _application(args: argparse.Namespace, service: Service, options: ServeOptions) -> FastAPI:
+@contextlib.contextmanager
+def _held(sessions: Path | None) -> Iterator[Directory | None]:
+    """The sessions' directory, held; None where there is none."""
+    from turbos.serve.sessions.directory import Directory
+
+    with contextlib.nullcontext() if sessions is None else contextlib.closing(Directory.open(sessions)) as held:
+        yield held
+
+
+def _application(args: argparse.Namespace, service: Service, options: ServeOptions, held: Directory | None) -> FastAPI:
     from turbos.model.hub import resolve_checkpoint
     from turbos.serve.assembly import assemble
     from turbos.serve.page.play import demo_families
 
-    return assemble(service, options, demo_families(resolve_checkpoint(args.checkpoint), service.engine.model.config))
+    known = demo_families(resolve_checkpoint(args.checkpoint), service.engine.model.config)
+    return assemble(service, options, known, held)
 
 
 def _serve(app: FastAPI, service: Service, options: ServeOptions, listening: socket.socket) -> None:

@@ -19,14 +19,20 @@ from turbos.serve.page.play import KnownFamily
 from turbos.serve.page.routes import page_router
 from turbos.serve.page.worker import Renderer
 from turbos.serve.service import Service
+from turbos.serve.sessions.directory import Directory
 from turbos.serve.sessions.routes import sessions_router
 from turbos.serve.sessions.sessions import Sessions
 
 
-def assemble(service: Service, options: ServeOptions, known: Sequence[KnownFamily] = ()) -> FastAPI:
-    """The whole application. UserError where another server holds the sessions' directory."""
+def assemble(
+    service: Service, options: ServeOptions, known: Sequence[KnownFamily] = (), held: Directory | None = None
+) -> FastAPI:
+    """The whole application. `held` is the sessions' directory where it is held already.
+
+    UserError where another server holds it.
+    """
     temporary = TemporaryDirectory(prefix="turbos-sessions-")
-    sessions = Sessions.open(service, options.sessions or Path(temporary.name))
+    sessions = Sessions.open(service, held or options.sessions or Path(temporary.name))
     renderer = Renderer()
 
     async def forget() -> None:

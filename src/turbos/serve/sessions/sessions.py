@@ -23,6 +23,8 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from turbos.common.errors import UserError
 from turbos.engine.sampling_params import SamplingParams
 from turbos.serve.asking import ask
@@ -32,7 +34,7 @@ from turbos.serve.service import Service
 from turbos.serve.sessions.answer import Answer, Desk
 from turbos.serve.sessions.directory import Directory
 from turbos.serve.sessions.records import LONGEST_TITLE, Session, Turn, messages_of
-from turbos.serve.sessions.store import Store
+from turbos.serve.sessions.store import Store, StoreFailed
 from turbos.text.chat import render
 from turbos.text.foreign import foreign_prompt_ids
 from turbos.text.messages import Message
@@ -65,9 +67,12 @@ class Sessions:
         self._unsaved: set[str] = set()
 
     @classmethod
-    def open(cls, service: Service, path: Path) -> Sessions:
-        """Hold a directory and read its index. UserError where another server has it, or the index is damaged."""
-        directory = Directory.open(path)
+    def open(cls, service: Service, where: Path | Directory) -> Sessions:
+        """Hold a directory, unless it is held already, and read its index.
+
+        UserError where another server has it, or the index is damaged; it is let go then.
+        """
+        directory = Directory.open(where) if isinstance(where, Path) else where
         try:
             store = Store(directory.index, service.tokenizer)
             directory.sweep(store.ids())
@@ -225,7 +230,8 @@ class Sessions:
         try:
             length = await asyncio.to_thread(self._service.engine.save_session, path, ids)
         except UserError as error:
-            raise UserError(self._directory.without_path(str(error))) from error
+            kind = StoreFailed if isinstance(error.__cause__, OSError | SafetensorError) else UserError
+            raise kind(self._directory.without_path(str(error))) from error
         self._unsaved.discard(id)
         return await asyncio.to_thread(self._store.mark_saved, id, length, len(turns))
 
