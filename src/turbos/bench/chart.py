@@ -36,7 +36,7 @@ def draw_rows(rows: Sequence[Row], out: Path) -> Path:
     axes.set_yticks([place + middle for place in range(len(rows))], [row.name for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("speed as a share of turbos', by the median of the rounds' ratios; numbers are tokens per second")
-    axes.xaxis.label.set_size(8)
+    axes.xaxis.label.set_fontsize(8)
     axes.margins(x=0.1, y=0.02)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper right", ncols=len(names), frameon=False, fontsize=9)

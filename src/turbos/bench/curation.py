@@ -40,7 +40,7 @@ PLANTED_COLUMNS = ("planted", "documents", "should be", "right %", "clean text k
 def curate_in_memory(texts: Sequence[Document], aids: Aids, config: CurationConfig) -> tuple[Curation, dict[int, str]]:
     """Send documents through all stages; returns the curation with its counts, and what came out by number."""
     curation = Curation(config, aids)
-    came_out = {}
+    came_out: dict[int, str] = {}
     for group in batches(texts):
         batch = Batch(group)
         curation.process(batch)
