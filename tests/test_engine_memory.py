@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from model_cases import tiny_config
 from turbos.common.errors import UserError
 from turbos.engine import memory
+from turbos.engine.config import SEGMENT
 from turbos.engine.layout import Layout
 from turbos.engine.memory import MemoryPlan, available_memory, plan
 from turbos.engine.pool import PAGE, StatePool
@@ -49,7 +50,9 @@ def test_a_plan_stays_within_its_bytes(layers: str, total: int, context: int, ma
     try:
         made = plan(config, weights, total, context, max_running)
     except UserError:
-        assert total - weights < layout.state_bytes + layout.page_bytes + memory._working_bytes(config, max_running)
+        assert total - weights < layout.state_bytes + layout.page_bytes + memory._working_bytes(
+            config, max_running, SEGMENT
+        )
         return
     spent = pool_bytes(made) + made.cache_bytes + weights + made.working_bytes
     assert spent <= total, "more than the user gave"
@@ -98,7 +101,7 @@ def test_it_says_what_a_session_costs_and_what_was_cut() -> None:
 def test_slots_leave_room_for_a_page() -> None:
     """Keys that cost far more than the scan state: a quarter of the rest for slots would leave no page."""
     config = tiny_config("MAAAA", num_kv_heads=4, head_dim=64)
-    layout, working = Layout.of(config), memory._working_bytes(config, 900)
+    layout, working = Layout.of(config), memory._working_bytes(config, 900, SEGMENT)
     assert layout.page_bytes > 300 * layout.state_bytes
     for spare in range(0, 160, 20):
         total = working + layout.page_bytes + (1 + spare) * layout.state_bytes

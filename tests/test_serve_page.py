@@ -199,7 +199,8 @@ def test_the_meter_counts_and_measures(server: Server) -> None:
 def test_the_meter_takes_another_length(server: Server) -> None:
     found = server.post("/page/api/meter", {"text": "gcd", "tokens": 65536}).json()
     assert found["tokens"] == 65536 and found["text_tokens"] < 10
-    assert found["twin"]["ms_per_token"] > found["model"]["ms_per_token"]
+    assert found["twin"]["ms_per_token"] > 0 and found["model"]["ms_per_token"] > 0
+    assert found["twin"]["bytes"] > found["model"]["bytes"]
 
 
 def test_a_model_without_mamba_is_its_own_twin() -> None:

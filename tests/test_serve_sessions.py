@@ -318,7 +318,7 @@ def test_a_full_server_sends_sessions_away(tmp_path: Path) -> None:
 
 
 def test_an_answer_may_be_cut_where_memory_ends(tmp_path: Path) -> None:
-    with keeping(tmp_path, memory=3 << 20, context=64, max_running=1) as server:
+    with keeping(tmp_path, memory=1 << 19, context=64, max_running=1, segment=64) as server:
         longest = server.service.engine.longest
         assert longest is not None
         talk = Talk.begin(server)

@@ -198,7 +198,7 @@ FAULTS = {
         quiet=(TORCH, FUSED, INT8, ALONE),
     ),
     "a file's keys go to other pages": Fault(
-        *(engine, "load_session", "zip(snapshot.pages, tensors", "zip(snapshot.pages[::-1], tensors"),
+        *(engine, "place_session", "zip(snapshot.pages, tensors", "zip(snapshot.pages[::-1], tensors"),
         *(KEPT, "restored from a file, token 0 first: |(1 of 7 answers differ)"),
         quiet=(TORCH, FUSED, INT8, ALONE),
     ),
