@@ -3,8 +3,8 @@
 A browser that runs in the terminal itself is none: it would take the terminal from the command that shows the page. A
 person's own choice, the variable BROWSER, always counts.
 
->>> can_open({"DISPLAY": ":0"}, "linux"), can_open({}, "linux"), can_open({}, "darwin"), can_open({"BROWSER": "x"}, "linux")
-(True, False, True, True)
+>>> can_open({"DISPLAY": ":0"}, "linux"), can_open({"BROWSER": "firefox"}, "linux"), can_open({}, "linux")
+(True, True, False)
 """
 
 from __future__ import annotations
