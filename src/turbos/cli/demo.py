@@ -49,7 +49,7 @@ class DemoRecipe:
     """Which recipes the stages take (names or paths), what is evaluated, and minutes to expect of each stage.
 
     `families` are evaluated (`gcd/0`: family and level), `num_problems` of each in each mode; the first `samples` of
-    them are shown with a problem each. How often the model thinks is measured on `thinking_problems` of each level.
+    them are shown with a problem each.
     """
 
     families: list[str]
@@ -60,7 +60,6 @@ class DemoRecipe:
     num_problems: int = 128
     max_new_tokens: int = 192
     samples: int = 3
-    thinking_problems: int = 32
     minutes: dict[str, float] = field(default_factory=dict)
 
 
@@ -248,7 +247,7 @@ class Demo:
             families = [parse_family(family) for family in recipe.families]
             model, tokenizer = load_model(run_dir / "final"), Tokenizer.load(run_dir / "final")
             # The quick ones first: the page shows them meanwhile.
-            rates = thinking_rates(model, tokenizer, [family for family, _ in families], recipe.thinking_problems)
+            rates = thinking_rates(model, tokenizer, [family for family, _ in families])
             save_rates(rates, run_dir / THINKING_FILE)
             shown = sample_answers(model, tokenizer, families[: recipe.samples], recipe.max_new_tokens)
             save_samples(shown, run_dir / SHOWN_FILE)

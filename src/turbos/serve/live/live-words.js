@@ -1,7 +1,7 @@
 // What the live page says beyond the chat page's words.
 
 export const ENGLISH = {
-  skipLive: "Skip to the run", liveTitle: "A reasoning model, from nothing", planTitle: "Stages", curvesTitle: "Training",
+  skipLive: "Skip to the run", liveTitle: "The making of a small reasoning model", planTitle: "Stages", curvesTitle: "Training",
   talk: "The model is ready: play with it",
   thinkingTitle: "How often it thinks, by difficulty",
   thinkingText: "The chance that an answer opens its thinking when that is left to the model, over held-out problems of each difficulty. Rings mark what was trained; the other difficulties are new to it.",
@@ -21,7 +21,7 @@ export const ENGLISH = {
 };
 
 export const CHINESE = {
-  skipLive: "跳到运行情况", liveTitle: "从零开始的推理模型", planTitle: "阶段", curvesTitle: "训练",
+  skipLive: "跳到运行情况", liveTitle: "一个小型推理模型的诞生", planTitle: "阶段", curvesTitle: "训练",
   talk: "模型已就绪：来试试",
   thinkingTitle: "不同难度下多久思考一次",
   thinkingText: "由模型自行决定时，回答展开思考的概率，按难度取未见过题目的平均。圆圈表示训练过的难度，其余难度它没有学过。",

@@ -57,6 +57,8 @@ function showStatus() {
 }
 
 function stageItem(stage) {
+  // What an exam is about its place says; a screen reader hears it in full.
+  const isExam = stage.name.startsWith("evaluate ");
   const bar = h("progress", { max: 1, "aria-label": stageName(stage.name) });
   if (stage.share !== null) bar.value = stage.share;
   else if (stage.state === "waiting") bar.value = 0;
@@ -65,7 +67,7 @@ function stageItem(stage) {
   if (stage.state === "running" && stage.steps) facts.push(say("stepOf", { step: stage.step, steps: stage.steps }));
   else if (stage.state === "waiting") facts.push(say("expected", { time: time(60 * stage.minutes) }));
   else facts.push(time(stage.seconds));
-  const item = h("li", { className: stage.state }, h("span", { textContent: stageName(stage.name) }), bar, h("small", { textContent: facts.join(" · ") }));
+  const item = h("li", { className: stage.state }, h("span", { textContent: isExam ? say("evaluate") : stageName(stage.name), title: stageName(stage.name) }), bar, h("small", { textContent: facts.join(" · ") }));
   if (stage.state === "running") item.setAttribute("aria-current", "step");
   return item;
 }
@@ -90,7 +92,7 @@ function curve({ stage, title, steps, series }) {
   const name = say(titleKey);
   const found = series.filter(({ points }) => points.length);
   if (!found.length) return figure(name, say(unitKey), h("p", { className: "quiet none", textContent: say("nothingYet") }));
-  const lines = found.map(({ name, points }, place) => ({ look: LOOKS[place % LOOKS.length], points, dots: points.length < 8, name }));
+  const lines = found.map(({ name, points }, place) => ({ look: LOOKS[place % LOOKS.length], points, dots: place > 0 && points.length < 20, name }));
   const last = lines[0].points.at(-1)[1];
   const picture = chart({
     label: say("curveChart", { title: name, last: last.toPrecision(3) }), width: 440, height: 220, series: lines,
