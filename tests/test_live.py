@@ -195,7 +195,7 @@ def test_the_thinking_rate_is_the_chance_of_tokens() -> None:
 
 
 def test_rates_cover_every_level_and_keep(tmp_path: Path) -> None:
-    rates = thinking_rates(tiny_model(), tiny_tokenizer(), ["gcd", "chain_sum", "gcd"], num_problems=2)
+    rates = thinking_rates(tiny_model(), tiny_tokenizer(), ["gcd", "chain_sum", "gcd"], 2, max_new_tokens=6)
     assert [(rate.family, rate.level) for rate in rates] == [("gcd", n) for n in range(3)] + [
         ("chain_sum", n) for n in range(4)
     ]

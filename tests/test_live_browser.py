@@ -99,13 +99,13 @@ def test_a_finished_run_is_shown_whole(chromium: Browser, finished: Path) -> Non
         last = next(record["loss"] for record in reversed(steps) if "loss" in record)
         assert float(page.locator("#curves .legend").first.inner_text().split()[-1]) == pytest.approx(last, rel=1e-2)
         # Another stage's answers, by keys.
-        page.focus("#of input[value=rl]")
+        page.focus("#samples-of input[value=rl]")
         page.keyboard.press("ArrowLeft")
-        expect(page.locator("#of input[value=sft]")).to_be_checked()
+        expect(page.locator("#samples-of input[value=sft]")).to_be_checked()
         expect(page.locator("#samples .sample")).to_have_count(2)
         page.click("#language")
         expect(page.locator("#curves-title")).to_have_text("训练")
-        expect(page.locator("#of input[value=sft]")).to_be_checked()
+        expect(page.locator("#samples-of input[value=sft]")).to_be_checked()
 
 
 def test_a_phone_in_the_dark_and_in_chinese(chromium: Browser, finished: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_phone_in_the_dark_and_in_chinese(chromium: Browser, finished: Path) -
         with visit(chromium, server, width=390) as page:
             assert page.evaluate("() => getComputedStyle(document.body).backgroundColor") != dark
             unnamed = page.evaluate(
-                """() => [...document.querySelectorAll("button, input, a, progress, [role=img]")].filter((one) =>
+                """() => [...document.querySelectorAll("button, input, a, progress:not([aria-hidden]), [role=img]")].filter((one) =>
                     !(one.getAttribute("aria-label") || one.textContent.trim() || one.labels?.[0]?.textContent.trim())
                 ).map((one) => one.outerHTML)"""
             )

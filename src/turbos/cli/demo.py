@@ -247,11 +247,12 @@ class Demo:
             families = [parse_family(family) for family in recipe.families]
             model, tokenizer = load_model(run_dir / "final"), Tokenizer.load(run_dir / "final")
             # The quick ones first: the page shows them meanwhile.
-            rates = thinking_rates(model, tokenizer, [family for family, _ in families])
+            names, limit = [family for family, _ in families], recipe.max_new_tokens
+            rates = thinking_rates(model, tokenizer, names, max_new_tokens=limit)
             save_rates(rates, run_dir / THINKING_FILE)
-            shown = sample_answers(model, tokenizer, families[: recipe.samples], recipe.max_new_tokens)
+            shown = sample_answers(model, tokenizer, families[: recipe.samples], limit)
             save_samples(shown, run_dir / SHOWN_FILE)
-            scores = evaluate(model, tokenizer, families, recipe.num_problems, max_new_tokens=recipe.max_new_tokens)
+            scores = evaluate(model, tokenizer, families, recipe.num_problems, max_new_tokens=limit)
             save_scores(scores, run_dir / EVAL_FILE)
 
         paths = [run_dir / file for file in (THINKING_FILE, SHOWN_FILE, EVAL_FILE)]

@@ -1,8 +1,8 @@
-"""How often a model thinks when that is left to it, over the difficulty of held-out problems.
+"""How often and how much a model thinks when that is left to it (mode `auto`), over the difficulty of held-out problems.
 
-No answer is sampled: the rate is the chance that the answer, left to the model (mode `auto`), opens its thinking and
-writes something there. An empty pair of tags, which SFT teaches for answers without worked steps, is no thinking. The
-chance is read off the model at temperature 1 and averaged over problems, so a few of them give a steady figure.
+The rate is the chance that an answer opens its thinking and writes something there, at temperature 1. It is read off
+the model before an answer begins, not counted, so a few problems give a steady figure; an empty pair of tags is no
+thinking. Length and accuracy are of greedy answers to the same problems.
 
     rates = thinking_rates(model, tokenizer, ["gcd", "addition"])
     save_rates(rates, run_dir / THINKING_FILE)
@@ -21,7 +21,7 @@ from turbos.common.errors import UserError
 from turbos.common.records import Problem, Sample
 from turbos.data.packing import batch_of, pack_samples
 from turbos.data.problems import FIRST_HELD_OUT_SEED, levels, make_problem
-from turbos.eval.problems import problem_prompt
+from turbos.eval.problems import answer_problems, family_score, problem_prompt
 from turbos.model.lm import LanguageModel
 from turbos.ops.loss import token_logprobs
 from turbos.text.tokenizer import Tokenizer
@@ -32,16 +32,25 @@ TOKENS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class ThinkingRate:
-    """The mean chance of thinking over `n` held-out problems of one family and level."""
+    """One family and level over `n` held-out problems: chance of thinking, mean tokens of thinking, share right.
+
+    The share is NaN where no answer could be judged.
+    """
 
     family: str
     level: int
     rate: float
+    thinking_tokens: float
+    accuracy: float
     n: int
 
 
 def thinking_rates(
-    model: LanguageModel, tokenizer: Tokenizer, families: Sequence[str], num_problems: int = 32
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    families: Sequence[str],
+    num_problems: int = 24,
+    max_new_tokens: int = 128,
 ) -> list[ThinkingRate]:
     """The rate at every level of every family, also of levels that were not trained."""
     if num_problems < 1:
@@ -50,11 +59,15 @@ def thinking_rates(
     places = [(family, level) for family in dict.fromkeys(families) for level in range(levels(family))]
     problems = [make_problem(family, seed, level) for family, level in places for seed in seeds]
     chances = thinking_chances(model, tokenizer, problems)
-    parts = [chances[start : start + num_problems] for start in range(0, len(chances), num_problems)]
-    return [
-        ThinkingRate(family, level, sum(part) / num_problems, num_problems)
-        for (family, level), part in zip(places, parts, strict=True)
-    ]
+    answers = answer_problems(model, tokenizer, problems, "auto", max_new_tokens)
+    rates = []
+    for start in range(0, len(problems), num_problems):
+        score = family_score(answers[start : start + num_problems])
+        rate = sum(chances[start : start + num_problems]) / num_problems
+        rates.append(
+            ThinkingRate(score.family, score.level, rate, score.thinking_tokens, score.accuracy, num_problems)
+        )
+    return rates
 
 
 @torch.no_grad()

@@ -3,8 +3,8 @@
 export const ENGLISH = {
   skipLive: "Skip to the run", liveTitle: "The making of a small reasoning model", planTitle: "Stages", curvesTitle: "Training",
   talk: "The model is ready: play with it",
-  thinkingTitle: "How often it thinks, by difficulty",
-  thinkingText: "The chance that an answer opens its thinking when that is left to the model, over held-out problems of each difficulty. Rings mark what was trained; the other difficulties are new to it.",
+  thinkingTitle: "Thinking, by difficulty",
+  thinkingText: "When thinking is left to the model: the chance that it thinks, the share of right answers, and below each difficulty its mean number of thinking tokens, over held-out problems. Rings mark difficulties that were trained; the others are new to it.",
   scoresTitle: "Problems it has never seen", scoresText: "Right answers in percent ± standard error, thinking off and on, and tokens of thinking.",
   samplesTitle: "What it answers", after: "After which stage", problems: "Problems",
   waiting: "Nothing has begun yet.", runningStatus: "{stage} · {spent} so far, about {left} to go", doneStatus: "Done in {spent}.",
@@ -15,16 +15,16 @@ export const ENGLISH = {
   pretrainLoss: "Pretraining: loss", sftLoss: "Fine-tuning: loss", rlReward: "Reinforcement: right answers", rlLength: "Reinforcement: length",
   lossUnit: "nats per token", rewardUnit: "share", lengthUnit: "tokens an answer", stepAxis: "step",
   trainingLoss: "training", heldOutThink: "held out, with thinking", heldOutShort: "held out, without", reward: "right", thinkingTokens: "thinking", completionTokens: "in all",
-  nothingYet: "Comes with the first steps.", afterPretrain: "Comes after {stage}.", difficultyAxis: "difficulty",
-  thinksChart: "{family}: chance of thinking by difficulty after each stage", curveChart: "{title} by step; the last: {last}",
+  nothingYet: "Comes with the first steps.", afterPretrain: "Comes after {stage}.", thinks: "thinks", shortTokens: "tokens", levelOf: "difficulty {n}",
+  thinksChart: "{family}: chance of thinking by difficulty: {thinks}", curveChart: "{title} by step; the last: {last}",
   onMode: "on", offMode: "off", thinkingOn: "Thinking on", thinkingOff: "Thinking off", rightIs: "Right: {answer}", silent: "(nothing)", tokensOf: "{n} tokens",
 };
 
 export const CHINESE = {
   skipLive: "跳到运行情况", liveTitle: "一个小型推理模型的诞生", planTitle: "阶段", curvesTitle: "训练",
   talk: "模型已就绪：来试试",
-  thinkingTitle: "不同难度下多久思考一次",
-  thinkingText: "由模型自行决定时，回答展开思考的概率，按难度取未见过题目的平均。圆圈表示训练过的难度，其余难度它没有学过。",
+  thinkingTitle: "思考与难度",
+  thinkingText: "由模型自行决定是否思考时：展开思考的概率、答对比例，以及各难度下方的平均思考词元数，均取自未见过的题目。圆圈表示训练过的难度，其余难度它没有学过。",
   scoresTitle: "从未见过的题目", scoresText: "正确率（百分数 ± 标准误），关闭与开启思考，以及思考词元数。",
   samplesTitle: "它的回答", after: "哪个阶段之后", problems: "题目",
   waiting: "尚未开始。", runningStatus: "{stage} · 已用 {spent}，约剩 {left}", doneStatus: "完成，用时 {spent}。",
@@ -35,7 +35,7 @@ export const CHINESE = {
   pretrainLoss: "预训练：损失", sftLoss: "微调：损失", rlReward: "强化学习：答对比例", rlLength: "强化学习：长度",
   lossUnit: "每词元奈特", rewardUnit: "比例", lengthUnit: "每个回答的词元", stepAxis: "步",
   trainingLoss: "训练", heldOutThink: "未见题，带思考", heldOutShort: "未见题，不思考", reward: "答对", thinkingTokens: "思考", completionTokens: "总计",
-  nothingYet: "训练开始后出现。", afterPretrain: "在{stage}之后出现。", difficultyAxis: "难度",
-  thinksChart: "{family}：各阶段之后按难度的思考概率", curveChart: "{title}，按步；最后：{last}",
+  nothingYet: "训练开始后出现。", afterPretrain: "在{stage}之后出现。", thinks: "思考", shortTokens: "词元", levelOf: "难度 {n}",
+  thinksChart: "{family}：各难度的思考概率：{thinks}", curveChart: "{title}，按步；最后：{last}",
   onMode: "开", offMode: "关", thinkingOn: "思考", thinkingOff: "不思考", rightIs: "答案：{answer}", silent: "（无）", tokensOf: "{n} 个词元",
 };

@@ -8,7 +8,6 @@ import { CHINESE, ENGLISH } from "./live-words.js";
 
 const EVERY = 2500;
 const LOOKS = ["own", "second", "third"];
-const STAGE_LOOKS = { pretrain: "third", sft: "second", rl: "own" };
 const CURVES = {
   "pretrain loss": ["pretrainLoss", "lossUnit"], "sft loss": ["sftLoss", "lossUnit"],
   "rl reward": ["rlReward", "rewardUnit"], "rl length": ["rlLength", "lengthUnit"],
@@ -107,40 +106,60 @@ function showCurves() {
   byId("curves").replaceChildren(...run.curves.map(curve));
 }
 
-function showThinking() {
-  const stages = Object.keys(STAGE_LOOKS).filter((name) => run.thinking[name]?.length);
-  if (!stages.length) {
-    byId("thinking").replaceChildren(h("p", { className: "quiet none", textContent: say("afterPretrain", { stage: say("pretrain") }) }));
-    return;
-  }
-  const families = [...new Set(stages.flatMap((name) => run.thinking[name].map(({ family }) => family)))];
-  byId("thinking").replaceChildren(...families.map((family) => thinkingFigure(family, stages)));
+// Stages that have left something of a kind, in order, and the one of them that is shown.
+function stagesOf(found) {
+  const stages = STAGES.filter((name) => found[name]?.length);
+  return { stages, shown: stages.includes(chosen) ? chosen : stages.at(-1) };
 }
 
-function thinkingFigure(family, stages) {
-  const rates = (stage) => run.thinking[stage].filter((one) => one.family === family);
-  const levels = Math.max(...stages.flatMap((stage) => rates(stage).map(({ level }) => level))) + 1;
-  const isTrained = ([at]) => run.trained.includes(`${family}/${at - 1}`) || run.trained.includes(family);
-  const line = (stage) => {
-    const points = rates(stage).map(({ level, rate }) => [level + 1, rate]);
-    return { look: STAGE_LOOKS[stage], points, dots: true, rings: stage === "pretrain" ? [] : points.filter(isTrained) };
+// A choice of the stage to show; what is chosen holds for all parts of the page.
+function pills(id, stages, shown) {
+  const pill = (name) => {
+    const onchange = () => {
+      chosen = name;
+      show();
+    };
+    return h("label", {}, h("input", { type: "radio", name: id, value: name, checked: name === shown, onchange }), h("span", { textContent: say(name) }));
   };
+  const inputs = [...byId(id).querySelectorAll("input")];
+  const isSame = inputs.map(({ value }) => value).join() === stages.join() && byId(id).dataset.language === language();
+  // The same buttons stay, so that the keyboard keeps its place.
+  if (isSame) for (const input of inputs) input.checked = input.value === shown;
+  else byId(id).replaceChildren(byId(id).querySelector("legend"), ...stages.map(pill));
+  byId(id).dataset.language = language();
+  byId(id).hidden = !stages.length;
+}
+
+function notYet() {
+  return h("p", { className: "quiet none", textContent: say("afterPretrain", { stage: say("pretrain") }) });
+}
+
+function showThinking() {
+  const { stages, shown } = stagesOf(run.thinking);
+  pills("thinking-of", stages, shown);
+  if (!shown) return byId("thinking").replaceChildren(notYet());
+  const families = [...new Set(run.thinking[shown].map(({ family }) => family))];
+  byId("thinking").replaceChildren(...families.map((family) => thinkingFigure(family, run.thinking[shown].filter((one) => one.family === family))));
+}
+
+function thinkingFigure(family, rates) {
+  const isTrained = ([at]) => run.trained.includes(`${family}/${at - 1}`) || run.trained.includes(family);
+  const points = (name) => rates.filter((one) => typeof one[name] === "number").map((one) => [one.level + 1, one[name]]);
+  const thinks = points("rate");
+  const right = points("accuracy");
   const name = family.replaceAll("_", " ");
-  const names = Array.from({ length: levels }, (_, level) => String(level + 1));
+  const names = rates.map(({ level, thinking_tokens }) => [String(level + 1), String(Math.round(thinking_tokens ?? 0))]);
   const picture = chart({
-    label: say("thinksChart", { family: name }), width: 230, height: 190, series: stages.map(line),
-    across: [0.7, levels + 0.3], up: [0, 1], names, axis: say("difficultyAxis"), percent: true,
+    label: say("thinksChart", { family: name, thinks: thinks.map(([, rate]) => percent(rate)).join(", ") }), width: 190, height: 175,
+    series: [{ look: "second", points: right, dots: true }, { look: "own", points: thinks, dots: true, rings: thinks.filter(isTrained) }],
+    across: [0.6, rates.length + 0.4], up: [0, 1], names, beside: ["", say("shortTokens")], axis: "", percent: true,
   });
-  const last = (stage) => rates(stage).reduce((sum, { rate }) => sum + rate, 0) / Math.max(1, rates(stage).length);
-  return figure(name, "", picture, legend(stages.map((stage) => [STAGE_LOOKS[stage], `${say(stage)} ${percent(last(stage))}`])));
+  return figure(name, "", picture, legend([["own", say("thinks")], ["second", say("reward")]]));
 }
 
 function showScores() {
-  const stages = Object.keys(STAGE_LOOKS).filter((name) => run.scores[name]?.length);
-  if (!stages.length) {
-    byId("scores").replaceChildren(h("p", { className: "quiet none", textContent: say("afterPretrain", { stage: say("pretrain") }) }));
-    return;
-  }
+  const { stages } = stagesOf(run.scores);
+  if (!stages.length) return byId("scores").replaceChildren(notYet());
   const keys = [...new Set(stages.flatMap((name) => run.scores[name].map(({ family, level, mode }) => `${family}/${level} ${mode}`)))].sort(byFamily);
   const head = h("tr", {}, h("th", { scope: "col", textContent: say("problems") }), h("th", { scope: "col", textContent: say("thinking") }));
   head.append(...stages.map((name) => h("th", { scope: "col", className: "figure", textContent: say(name) })));
@@ -159,9 +178,9 @@ function scoreRow(key, before, stages) {
   const [problem, mode] = key.split(" ");
   const isFirst = before?.split(" ")[0] !== problem;
   const [family, level] = problem.split("/");
-  const name = `${family.replaceAll("_", " ")} ${Number(level) + 1}`;
-  const row = h("tr", { className: isFirst ? "first" : "" }, h("th", { scope: "row", textContent: name }), h("td", { textContent: say(mode === "on" ? "onMode" : "offMode") }));
-  if (!isFirst) row.firstChild.className = "repeated";
+  const name = h("th", { scope: "row" }, family.replaceAll("_", " "), h("small", { textContent: say("levelOf", { n: Number(level) + 1 }) }));
+  const row = h("tr", { className: isFirst ? "first" : "" }, name, h("td", { textContent: say(mode === "on" ? "onMode" : "offMode") }));
+  if (!isFirst) name.className = "repeated";
   for (const stage of stages) {
     const found = run.scores[stage].find((one) => `${one.family}/${one.level} ${one.mode}` === key);
     row.append(scoreCell(found, mode));
@@ -171,33 +190,17 @@ function scoreRow(key, before, stages) {
 
 function scoreCell(score, mode) {
   if (!score || typeof score.accuracy !== "number") return h("td", { className: "figure", textContent: "–" });
-  const meter = h("meter", { min: 0, max: 1, value: score.accuracy, "aria-hidden": "true" });
+  // A number's picture: a screen reader has the number.
+  const bar = h("progress", { max: 1, value: score.accuracy, "aria-hidden": "true" });
   const text = h("strong", { textContent: `${(100 * score.accuracy).toFixed(0)} ± ${(100 * (score.stderr ?? 0)).toFixed(0)}` });
   const tokens = mode === "on" ? say("tokensOf", { n: Math.round(score.thinking_tokens ?? 0) }) : "";
-  return h("td", { className: "figure" }, text, meter, h("small", { textContent: tokens }));
+  return h("td", { className: "figure" }, text, bar, h("small", { textContent: tokens }));
 }
 
 function showSamples() {
-  const stages = Object.keys(STAGE_LOOKS).filter((name) => run.samples[name]?.length);
-  byId("of").hidden = !stages.length;
-  if (!stages.length) {
-    byId("samples").replaceChildren(h("p", { className: "quiet none", textContent: say("afterPretrain", { stage: say("pretrain") }) }));
-    return;
-  }
-  const shown = stages.includes(chosen) ? chosen : stages.at(-1);
-  const pill = (name) => {
-    const onchange = () => {
-      chosen = name;
-      showAnswers(name);
-    };
-    return h("label", {}, h("input", { type: "radio", name: "of", value: name, checked: name === shown, onchange }), h("span", { textContent: say(name) }));
-  };
-  byId("of").replaceChildren(byId("of").querySelector("legend"), ...stages.map(pill));
-  showAnswers(shown);
-}
-
-function showAnswers(stage) {
-  byId("samples").replaceChildren(...run.samples[stage].map(sample));
+  const { stages, shown } = stagesOf(run.samples);
+  pills("samples-of", stages, shown);
+  byId("samples").replaceChildren(...(shown ? run.samples[shown].map(sample) : [notYet()]));
 }
 
 function sample({ question, right, answers }) {
@@ -220,9 +223,9 @@ function show() {
   showStatus();
   redraw("plan", run.stages, () => byId("plan").replaceChildren(...run.stages.map(stageItem)));
   redraw("curves", run.curves, showCurves);
-  redraw("thinking", [run.thinking, run.trained], showThinking);
+  redraw("thinking", [run.thinking, run.trained, chosen], showThinking);
   redraw("scores", run.scores, showScores);
-  redraw("samples", run.samples, showSamples);
+  redraw("samples", [run.samples, chosen], showSamples);
 }
 
 function tellDone(before) {
