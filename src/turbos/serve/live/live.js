@@ -94,7 +94,7 @@ function curve({ stage, title, steps, series }) {
   const lines = found.map(({ name, points }, place) => ({ look: LOOKS[place % LOOKS.length], points, dots: place > 0 && points.length < 20, name }));
   const last = lines[0].points.at(-1)[1];
   const picture = chart({
-    label: say("curveChart", { title: name, last: last.toPrecision(3) }), width: 440, height: 220, series: lines,
+    label: say("curveChart", { title: name, last: last.toPrecision(3) }), width: 440, height: 196, series: lines,
     across: [0, steps ?? lines[0].points.at(-1)[0]], up: title === "reward" ? [0, 1] : range(found), axis: say("stepAxis"), percent: title === "reward",
   });
   const words = (one) => (FIGURES[one.name] ? say(FIGURES[one.name]) : one.name);
