@@ -62,7 +62,8 @@ clean:
 
 plan-demo:
 	@$(call announce,.ready-demo,265 MB)
-	@echo "Run:     the demo, at most 12 minutes on 2 cores, with a page that shows it; Ctrl-C stops, 'make demo' again resumes"
+	@echo "Run:     the demo, at most 12 minutes on 2 cores; Ctrl-C stops, 'make demo' again resumes"
+	@echo "Page:    its address comes first; at the end a terminal serves the model there until Ctrl-C (SERVE=0: it ends)"
 
 plan-chat:
 	@$(call announce,.ready-chat,265 MB)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,19 @@ def test_what_would_fail_minutes_later_is_refused_before_anything_is_written(wor
     path.write_text(path.read_text().replace(right, wrong))
     assert main(words) == 2
     assert said in capsys.readouterr().err and not list(Path("run").iterdir())
+
+
+def test_a_port_without_a_page_is_refused(words, capsys):
+    assert main([*words, "--json", "--port", "8000"]) == 2
+    assert "--port is for the page" in capsys.readouterr().err and not Path("run").exists()
+
+
+def test_a_port_that_is_taken_is_refused_before_the_work(words, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert main([*words, "--port", str(taken.getsockname()[1])]) == 2
+    assert "cannot listen on 127.0.0.1" in capsys.readouterr().err and not Path("run/pretrain").exists()
 
 
 def test_the_seed_of_the_recipe_holds_unless_the_command_gives_one(words, monkeypatch):

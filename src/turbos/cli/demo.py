@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
     from turbos.train.loop import open_run, sole_owner
 
     recipe = load_recipe(DemoRecipe, "demo", args.recipe, [] if args.seed is None else [f"--seed={args.seed}"])
+    if args.json and args.port is not None:
+        raise UserError("--port is for the page, which --json goes without: leave one of them out")
     console = Console(file=sys.stderr)
     demo = Demo(recipe, args.run, console)
     use_threads(args.threads)

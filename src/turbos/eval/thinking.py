@@ -64,9 +64,7 @@ def thinking_rates(
     for start in range(0, len(problems), num_problems):
         score = family_score(answers[start : start + num_problems])
         rate = sum(chances[start : start + num_problems]) / num_problems
-        rates.append(
-            ThinkingRate(score.family, score.level, rate, score.thinking_tokens, score.accuracy, num_problems)
-        )
+        rates.append(ThinkingRate(score.family, score.level, rate, score.thinking_tokens, score.accuracy, num_problems))
     return rates
 
 
