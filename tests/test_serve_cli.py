@@ -126,3 +126,26 @@ def test_wrong_options_are_one_line(words: list[str], said: str, capsys: pytest.
     assert main(["serve", "no/such/checkpoint", *port, *words]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1, error
+
+
+def test_open_asks_the_browser_for_the_page(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The browser is a script that notes which address it was given and what it found there."""
+    program, seen = tmp_path / "browser", tmp_path / "seen"
+    get = "import sys, urllib.request; print(sys.argv[1], urllib.request.urlopen(sys.argv[1]).status)"
+    program.write_text(f'#!/bin/sh\n{sys.executable} -c "{get}" "$1" > {seen}.part && mv {seen}.part {seen}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("BROWSER", f"{program} %s")
+    with process(checkpoint, "--open") as (url, _):
+        end = time.monotonic() + PATIENCE
+        while not seen.exists():
+            assert time.monotonic() < end, "no browser was asked"
+            time.sleep(0.05)
+        assert seen.read_text() == f"{url}/ 200\n"
+
+
+def test_open_without_a_display_says_so(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    with process(checkpoint, "--open", "--quiet") as (url, running):
+        assert httpx.get(f"{url}/").status_code == 200
+        assert running.stderr is not None and "no display here" in running.stderr.readline()

@@ -1,8 +1,10 @@
 """`turbos demo`: the whole life of a small reasoning model, from text to a table of what each stage brought.
 
 fetch -> tokenizer -> pretrain -> SFT -> RL, with an evaluation on held-out problems after each of the three, then
-curves, samples and the table. The stages and their expected minutes are printed first. A stage whose output is complete
-is skipped, so that Ctrl-C and the same command again go on. The work is done elsewhere; here it is put in order.
+curves, samples and the table. The stages and their expected minutes are printed first, and the address of a page that
+shows them as they go. A stage whose output is complete is skipped, so that Ctrl-C and the same command again go on. On
+a terminal (or with SERVE=1) the model is served at the end, at the same address. The work is done elsewhere; here it is
+put in order.
 
     turbos demo                      # runs/demo, about 11 minutes on 2 cores
     turbos demo --run runs/two --seed 2 --json
@@ -17,29 +19,29 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from turbos.cli.demo_page import page_socket, serve_final, wants_server, watched
 from turbos.cli.stages import load_stage, use_threads
 from turbos.cli.terminal import printable
 from turbos.common.config import load_recipe
 from turbos.common.errors import UserError
+from turbos.serve.live.plan import Plan, PlannedStage, write_plan
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from turbos.eval.problems import Answer
     from turbos.eval.report import StageScores
+    from turbos.eval.samples import ShownProblem
     from turbos.train.pretrain import PretrainRecipe
 
 TRAINED = ("pretrain", "sft", "rl")
 CLOCK_FILE, OUTCOME_FILE = "clock.json", "demo.json"
 TABLE_FILE, CHART_FILE, SAMPLES_FILE = "table.md", "scores.png", "samples.md"
-FIRST_SAMPLE_SEED = 1_500_000
-"""Samples are held-out problems that the evaluation does not count."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--recipe", default="demo", metavar="RECIPE", help="name of a recipe, or path of a YAML file")
     parser.add_argument("--seed", type=int, help="seed of all stages (default: the recipe's, 0)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    parser.add_argument("--port", type=int, metavar="N", help="of the page, on this machine only (default: a free one)")
     parser.add_argument("--json", action="store_true", help="stdout holds one JSON object and nothing else")
 
 
@@ -92,16 +95,33 @@ def run(args: argparse.Namespace) -> int:
     from turbos.train.loop import open_run, sole_owner
 
     recipe = load_recipe(DemoRecipe, "demo", args.recipe, [] if args.seed is None else [f"--seed={args.seed}"])
-    demo = Demo(recipe, args.run, Console(file=sys.stderr))
+    if args.json and args.port is not None:
+        raise UserError("--port is for the page, which --json goes without: leave one of them out")
+    console = Console(file=sys.stderr)
+    demo = Demo(recipe, args.run, console)
     use_threads(args.threads)
-    with contextlib.redirect_stdout(sys.stderr), sole_owner(args.run):
-        demo.check()
-        open_run(recipe, args.run)
-        demo.run()
-    if args.json:
-        print((args.run / OUTCOME_FILE).read_text(encoding="utf-8").strip())
-    else:
-        demo.show(Console())
+
+    def tell(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    with contextlib.ExitStack() as stack:
+        listening = None
+        with contextlib.redirect_stdout(sys.stderr), sole_owner(args.run):
+            demo.check()
+            open_run(recipe, args.run)
+            serves = not args.json and wants_server()
+            if not args.json and (serves or not demo.is_done()):
+                listening = page_socket(args.port, tell)
+            if listening is not None:
+                stack.enter_context(listening)
+            with watched(args.run, listening):
+                demo.run()
+        if args.json:
+            print((args.run / OUTCOME_FILE).read_text(encoding="utf-8").strip())
+        else:
+            demo.show(Console())
+        if serves and listening is not None:
+            serve_final(args.run, listening, tell)
     return 0
 
 
@@ -137,13 +157,19 @@ class Demo:
         """Do every stage that is not complete, in order, and keep the time it took."""
         stages = self.stages()
         self._print_plan(stages)
-        for stage in stages:
+        for place, stage in enumerate(stages):
             if not stage.is_done():
                 self.console.print(f"[bold]{stage.name}[/bold]", highlight=False)
+                self._keep_plan(stages, place)
                 with self._timed(stage.name):
                     stage.work()
+        self._keep_plan(stages, len(stages))
         # Last, and every time, because only here all the times are known.
         self._write_outcome()
+
+    def is_done(self) -> bool:
+        """Whether nothing is left to do."""
+        return all(stage.is_done() for stage in self.stages())
 
     def stages(self) -> list[Stage]:
         """All stages in order. The tokenizer and its texts are wanted only until pretraining is over."""
@@ -211,19 +237,28 @@ class Demo:
 
     def _evaluation(self, name: str) -> Stage:
         from turbos.eval.problems import EVAL_FILE, evaluate, parse_family, save_scores
+        from turbos.eval.samples import SAMPLES_FILE as SHOWN_FILE
+        from turbos.eval.samples import sample_answers, save_samples
+        from turbos.eval.thinking import THINKING_FILE, save_rates, thinking_rates
         from turbos.model.checkpoint import load_model
         from turbos.text.tokenizer import Tokenizer
 
-        recipe, path = self.recipe, self.run_dir / name / EVAL_FILE
+        recipe, run_dir = self.recipe, self.run_dir / name
 
         def work() -> None:
-            final = self.run_dir / name / "final"
             families = [parse_family(family) for family in recipe.families]
-            model, tokenizer = load_model(final), Tokenizer.load(final)
-            scores = evaluate(model, tokenizer, families, recipe.num_problems, max_new_tokens=recipe.max_new_tokens)
-            save_scores(scores, path)
+            model, tokenizer = load_model(run_dir / "final"), Tokenizer.load(run_dir / "final")
+            # The quick ones first: the page shows them meanwhile.
+            names, limit = [family for family, _ in families], recipe.max_new_tokens
+            rates = thinking_rates(model, tokenizer, names, max_new_tokens=limit)
+            save_rates(rates, run_dir / THINKING_FILE)
+            shown = sample_answers(model, tokenizer, families[: recipe.samples], limit)
+            save_samples(shown, run_dir / SHOWN_FILE)
+            scores = evaluate(model, tokenizer, families, recipe.num_problems, max_new_tokens=limit)
+            save_scores(scores, run_dir / EVAL_FILE)
 
-        return Stage(f"evaluate {name}", path.is_file, work)
+        paths = [run_dir / file for file in (THINKING_FILE, SHOWN_FILE, EVAL_FILE)]
+        return Stage(f"evaluate {name}", lambda: all(path.is_file() for path in paths), work)
 
     def _report(self) -> None:
         from turbos.cli.plot import plot_run
@@ -246,19 +281,11 @@ class Demo:
         set_section(place, EVALUATION, f"{markdown_table(self.scores())}\n{command}")
 
     def _samples(self) -> str:
-        """A held-out problem of each of the first families, answered with thinking off and on."""
-        from turbos.data.problems import make_problem
-        from turbos.eval.problems import answer_problems, parse_family
-        from turbos.model.checkpoint import load_model
-        from turbos.text.tokenizer import Tokenizer
+        """What the last model answers to a held-out problem of each of the first families."""
+        from turbos.eval.samples import SAMPLES_FILE as SHOWN_FILE
+        from turbos.eval.samples import load_samples
 
-        final = self.run_dir / "rl" / "final"
-        model, tokenizer = load_model(final), Tokenizer.load(final)
-        families = [parse_family(family) for family in self.recipe.families[: self.recipe.samples]]
-        problems = [make_problem(family, FIRST_SAMPLE_SEED, level) for family, level in families]
-        limit = self.recipe.max_new_tokens
-        off, on = (answer_problems(model, tokenizer, problems, mode, limit) for mode in ("off", "on"))
-        return "\n".join(sample_text(one, other) for one, other in zip(off, on, strict=True))
+        return "\n".join(sample_text(shown) for shown in load_samples(self.run_dir / "rl" / SHOWN_FILE))
 
     def _print_plan(self, stages: list[Stage]) -> None:
         minutes = self.recipe.minutes
@@ -272,6 +299,18 @@ class Demo:
         for stage in stages:
             expected = "done" if stage.is_done() else f"{minutes.get(stage.name, 0.0):4.1f} min"
             self.console.print(f"  {stage.name:<18} {expected}", markup=False, highlight=False)
+
+    def _keep_plan(self, stages: Sequence[Stage], running: int) -> None:
+        """Note for the page which stage runs. Those before it are done, whatever of theirs is wanted no more."""
+        now, planned = time.time(), []
+        for place, stage in enumerate(stages):
+            minutes = self.recipe.minutes.get(stage.name, 0.0)
+            if place == running:
+                planned.append(PlannedStage(stage.name, minutes, "running", now))
+            else:
+                is_done = place < running or stage.is_done()
+                planned.append(PlannedStage(stage.name, minutes, "done" if is_done else "waiting"))
+        write_plan(Plan(self.recipe.seed, tuple(planned)), self.run_dir)
 
     @contextlib.contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -289,6 +328,11 @@ class Demo:
         clock: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return clock
 
+    def _rates(self, name: str) -> list[dict[str, object]]:
+        from turbos.eval.thinking import THINKING_FILE, load_rates
+
+        return [dataclasses.asdict(rate) for rate in load_rates(self.run_dir / name / THINKING_FILE)]
+
     def _write_outcome(self) -> None:
         """All figures of the demo in one file."""
         import torch
@@ -303,6 +347,7 @@ class Demo:
             "final": str(self.run_dir / "final"),
             "total_seconds": round(sum(clock.values()), 2),
             "seconds": clock,
+            "thinking_rates": {name: self._rates(name) for name in TRAINED},
             "scores": {stage.stage: [dataclasses.asdict(score) for score in stage.scores] for stage in self.scores()},
         }
         write_json(self.run_dir / OUTCOME_FILE, outcome)
@@ -315,12 +360,11 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
     partial.replace(path)
 
 
-def sample_text(off: Answer, on: Answer) -> str:
-    """A question and its two answers in plain text."""
-    problem = off.problem
-    lines = [f"{problem.question}   (right: {problem.answer})"]
-    for answer in (off, on):
-        mark = "right" if answer.verdict.status == "pass" else "wrong"
-        thinking = f"<think>{printable(answer.message.thinking or '')}</think> " if answer.mode == "on" else ""
-        lines.append(f"  thinking {answer.mode:<3}  {thinking}{printable(answer.message.content)}   [{mark}]")
+def sample_text(shown: ShownProblem) -> str:
+    """A question and its answers in plain text."""
+    lines = [f"{shown.question}   (right: {shown.right})"]
+    for answer in shown.answers:
+        mark = "right" if answer.verdict == "pass" else "wrong"
+        thinking = f"<think>{printable(answer.thinking)}</think> " if answer.mode == "on" else ""
+        lines.append(f"  thinking {answer.mode:<3}  {thinking}{printable(answer.content)}   [{mark}]")
     return "\n".join(lines) + "\n"

@@ -4,7 +4,7 @@ Only this machine reaches it unless `--host` says otherwise; whoever reaches it 
 keys. The first Ctrl-C lets open answers end, the second one does not. stdout has the address, stderr what the engine is
 and a line of JSON for each request, without what was said.
 
-    turbos serve runs/demo/final --port 8000
+    turbos serve runs/demo/final --port 8000 --open
     curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "What is the greatest common divisor of 12 and 18?"}]}'
 """
@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from turbos.cli.browser import open_page
 from turbos.cli.engine_options import add_engine_options, engine_config, read_bytes
 from turbos.cli.stages import use_threads
 from turbos.common.errors import UserError
@@ -43,6 +44,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory or hub id")
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default 127.0.0.1: this machine only")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="default 8000; 0 takes a free one")
+    parser.add_argument("--open", action="store_true", help="open the page in this machine's browser")
     parser.add_argument("--name", metavar="TEXT", help="what the model is called (default: the run's or hub's name)")
     parser.add_argument("--sessions", type=Path, metavar="DIR", help="keep sessions here (default: until it stops)")
     _add_access(parser.add_argument_group("access"))
@@ -73,8 +75,7 @@ def _add_limits(group: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load the checkpoint and serve it until the process is told to stop."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := missing_packages():
         raise UserError(f"turbos serve needs {', '.join(missing)}: pip install 'turbos[serve]'")
     options = _options(args)
     config = engine_config(args, max_running=args.max_running)
@@ -84,12 +85,24 @@ def run(args: argparse.Namespace) -> int:
 
     level = logging.WARNING if args.quiet else logging.INFO
     # Before the checkpoint is loaded, which takes a while: a port or a directory that is taken should not.
-    with _bound(args.host, args.port) as listening, _held(options.sessions) as held, log_to(sys.stderr, level):
+    with bound(args.host, args.port) as listening, _held(options.sessions) as held, log_to(sys.stderr, level):
         service = Service.of_checkpoint(args.checkpoint, config, args.name)
         if not args.quiet:
             print(*service.engine.describe(), sep="\n", file=sys.stderr)
-        _serve(_application(args, service, options, held), service, options, listening)
+        app = application(args.checkpoint, service, options, held)
+        where = address(listening)
+        print(f"{service.model_name}: {where}/ is the page, {where}/v1 the interface; Ctrl-C stops", flush=True)
+        if not options.api_keys and not _is_local(args.host):
+            print("whoever reaches this address may ask: --api-key-file names keys", file=sys.stderr)
+        if args.open:
+            _open(listening)
+        serve_until_stopped(app, options, listening)
     return 0
+
+
+def missing_packages() -> list[str]:
+    """What has to be installed before anything can be served."""
+    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 
 def _options(args: argparse.Namespace) -> ServeOptions:
@@ -118,16 +131,20 @@ def _held(sessions: Path | None) -> Iterator[Directory | None]:
         yield held
 
 
-def _application(args: argparse.Namespace, service: Service, options: ServeOptions, held: Directory | None) -> FastAPI:
+def application(checkpoint: str, service: Service, options: ServeOptions, held: Directory | None = None) -> FastAPI:
+    """All that is served of a service's checkpoint; the page plays where the checkpoint is a demo's.
+
+    `held` is the sessions' directory where it is held already.
+    """
     from turbos.model.hub import resolve_checkpoint
     from turbos.serve.assembly import assemble
     from turbos.serve.page.play import demo_families
 
-    known = demo_families(resolve_checkpoint(args.checkpoint), service.engine.model.config)
+    known = demo_families(resolve_checkpoint(checkpoint), service.engine.model.config)
     return assemble(service, options, known, held)
 
 
-def _serve(app: FastAPI, service: Service, options: ServeOptions, listening: socket.socket) -> None:
+def serve_until_stopped(app: FastAPI, options: ServeOptions, listening: socket.socket) -> None:
     """Run the server on a bound socket until a signal ends it."""
     import uvicorn
 
@@ -138,15 +155,26 @@ def _serve(app: FastAPI, service: Service, options: ServeOptions, listening: soc
         server_header=False,
         timeout_graceful_shutdown=max(1, round(options.grace_seconds)),
     )
-    host, port = listening.getsockname()[:2]
-    where = f"http://{_spelt(host)}:{port}"
-    print(f"{service.model_name}: {where}/ is the page, {where}/v1 the interface; Ctrl-C stops", flush=True)
-    if not options.api_keys and not _is_local(host):
-        print("whoever reaches this address may ask: --api-key-file names keys", file=sys.stderr)
     uvicorn.Server(config).run(sockets=[listening])
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def address(listening: socket.socket) -> str:
+    """A bound socket's address as a browser has it, without the last slash."""
+    host, port = listening.getsockname()[:2]
+    return f"http://{_spelt(host)}:{port}"
+
+
+def _open(listening: socket.socket) -> None:
+    """Open the page; an address that stands for all of this machine's is no place to go to."""
+    # From here on the browser's request waits until the server takes it.
+    listening.listen()
+    host, port = listening.getsockname()[:2]
+    url = f"http://127.0.0.1:{port}/" if host in ("0.0.0.0", "::") else f"{address(listening)}/"
+    if not open_page(url):
+        print("no display here: open the address in a browser yourself", file=sys.stderr)
+
+
+def bound(host: str, port: int) -> socket.socket:
     """A socket that is bound and does not listen yet; UserError where the address cannot be had."""
     if not 0 <= port < 1 << 16:
         raise UserError(f"cannot listen on port {port}: choose one from 0 to 65535")

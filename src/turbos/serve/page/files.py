@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
+from starlette.requests import Request
+from starlette.responses import Response
+
 INDEX = "index.html"
 
 MEDIA_TYPES = {
@@ -54,14 +57,29 @@ class PageFile:
     tag: str
 
 
-@cache
 def page_files() -> dict[str, PageFile]:
-    """All files that may be asked for, by name; there is no other way to a file from an address."""
+    """All files of the page that may be asked for, by name; there is no other way to a file from an address."""
+    return read_files(__package__)
+
+
+@cache
+def read_files(package: str) -> dict[str, PageFile]:
+    """The files of a package that a browser may have."""
     found = {}
-    for entry in files(__package__).iterdir():
+    for entry in files(package).iterdir():
         suffix = "." + entry.name.rpartition(".")[2]
         if suffix in MEDIA_TYPES:
             content = entry.read_bytes()
             tag = f'"{hashlib.sha256(content).hexdigest()[:20]}"'
             found[entry.name] = PageFile(content, MEDIA_TYPES[suffix], tag)
     return found
+
+
+def file_response(request: Request, found: PageFile | None) -> Response:
+    """A file under its policy, 304 for whoever has it, 404 where there is none."""
+    if found is None:
+        return Response("no such file of the page\n", 404, media_type="text/plain")
+    headers = {**HEADERS, "ETag": found.tag}
+    if request.headers.get("if-none-match") == found.tag:
+        return Response(status_code=304, headers=headers)
+    return Response(found.content, headers=headers, media_type=found.media_type)

@@ -25,7 +25,7 @@ from turbos.common.records import Problem
 from turbos.data.problems import FIRST_HELD_OUT_SEED, make_problem
 from turbos.engine.layout import Layout
 from turbos.serve.errors import ApiError
-from turbos.serve.page.files import HEADERS, INDEX, page_files
+from turbos.serve.page.files import INDEX, file_response, page_files
 from turbos.serve.page.meter import LONGEST_METER, Reading, meter
 from turbos.serve.page.play import MODES, Judged, KnownFamily, Said, play
 from turbos.serve.page.worker import LONGEST_TEXT, Renderer
@@ -108,21 +108,11 @@ def page_router(service: Service, renderer: Renderer, known: Sequence[KnownFamil
 def _add_files(router: APIRouter) -> None:
     @router.get("/")
     async def index(request: Request) -> Response:
-        return _file(request, INDEX)
+        return file_response(request, page_files().get(INDEX))
 
     @router.get("/page/{name}")
     async def file(request: Request, name: str) -> Response:
-        return _file(request, name)
-
-
-def _file(request: Request, name: str) -> Response:
-    found = page_files().get(name)
-    if found is None:
-        return Response("no such file of the page\n", 404, media_type="text/plain")
-    headers = {**HEADERS, "ETag": found.tag}
-    if request.headers.get("if-none-match") == found.tag:
-        return Response(status_code=304, headers=headers)
-    return Response(found.content, headers=headers, media_type=found.media_type)
+        return file_response(request, page_files().get(name))
 
 
 def _info(service: Service, known: Sequence[KnownFamily]) -> dict[str, object]:

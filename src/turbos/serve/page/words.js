@@ -84,6 +84,12 @@ export function say(key, values = {}) {
   return words.replace(/\{(\w+)\}/g, (_, name) => String(values[name]));
 }
 
+/** Add the words of another page. */
+export function learn(english, chinese) {
+  Object.assign(ENGLISH, english);
+  Object.assign(CHINESE, chinese);
+}
+
 /** Choose a language; whoever listens for "language" on the document says its words again. */
 export function setLanguage(name) {
   localStorage.setItem(CHOICE, name);

@@ -1,0 +1,41 @@
+// What the live page says beyond the chat page's words.
+
+export const ENGLISH = {
+  skipLive: "Skip to the run", liveTitle: "The making of a small reasoning model", planTitle: "Stages", curvesTitle: "Training",
+  talk: "The model is ready: play with it",
+  thinkingTitle: "Thinking, by difficulty",
+  thinkingText: "When thinking is left to the model: the chance that it thinks, the share of right answers, and below each difficulty its mean number of thinking tokens, over held-out problems. Rings mark difficulties that were trained; the others are new to it.",
+  scoresTitle: "Problems it has never seen", scoresText: "Right answers in percent ± standard error, thinking off and on, and tokens of thinking.",
+  samplesTitle: "What it answers", after: "After which stage", problems: "Problems",
+  waiting: "Nothing has begun yet.", runningStatus: "{stage} · {spent} so far, about {left} to go", doneStatus: "Done in {spent}.",
+  gone: "The run does not answer any more: it was stopped, or has ended. This is the last that was seen of it.",
+  ended: "The demo is over and so is its server. This is the last that was seen of it.",
+  minutes: "{n} min", seconds: "{n} s", stepOf: "step {step} of {steps}", expected: "about {time}", stageDone: "{stage} is done",
+  fetch: "Texts", tokenizer: "Tokenizer", pretrain: "Pretraining", evaluate: "Exam", sft: "Fine-tuning", rl: "Reinforcement", report: "Report",
+  pretrainLoss: "Pretraining: loss", sftLoss: "Fine-tuning: loss", rlReward: "Reinforcement: right answers", rlLength: "Reinforcement: length",
+  lossUnit: "nats per token", rewardUnit: "share", lengthUnit: "tokens an answer", stepAxis: "step",
+  trainingLoss: "training", heldOutThink: "held out, with thinking", heldOutShort: "held out, without", reward: "right", thinkingTokens: "thinking", completionTokens: "in all",
+  nothingYet: "Comes with the first steps.", afterPretrain: "Comes after {stage}.", thinks: "thinks", shortTokens: "tokens", levelOf: "difficulty {n}",
+  thinksChart: "{family}: chance of thinking by difficulty: {thinks}", curveChart: "{title} by step; the last: {last}",
+  onMode: "on", offMode: "off", thinkingOn: "Thinking on", thinkingOff: "Thinking off", rightIs: "Right: {answer}", silent: "(nothing)", tokensOf: "{n} tokens",
+};
+
+export const CHINESE = {
+  skipLive: "跳到运行情况", liveTitle: "一个小型推理模型的诞生", planTitle: "阶段", curvesTitle: "训练",
+  talk: "模型已就绪：来试试",
+  thinkingTitle: "思考与难度",
+  thinkingText: "由模型自行决定是否思考时：展开思考的概率、答对比例，以及各难度下方的平均思考词元数，均取自未见过的题目。圆圈表示训练过的难度，其余难度它没有学过。",
+  scoresTitle: "从未见过的题目", scoresText: "正确率（百分数 ± 标准误），关闭与开启思考，以及思考词元数。",
+  samplesTitle: "它的回答", after: "哪个阶段之后", problems: "题目",
+  waiting: "尚未开始。", runningStatus: "{stage} · 已用 {spent}，约剩 {left}", doneStatus: "完成，用时 {spent}。",
+  gone: "运行不再应答：已被中断或已结束。这里是最后看到的情况。",
+  ended: "演示已结束，服务也随之停止。这里是最后看到的情况。",
+  minutes: "{n} 分钟", seconds: "{n} 秒", stepOf: "第 {step} / {steps} 步", expected: "约 {time}", stageDone: "{stage}已完成",
+  fetch: "文本", tokenizer: "分词器", pretrain: "预训练", evaluate: "测验", sft: "微调", rl: "强化学习", report: "报告",
+  pretrainLoss: "预训练：损失", sftLoss: "微调：损失", rlReward: "强化学习：答对比例", rlLength: "强化学习：长度",
+  lossUnit: "每词元奈特", rewardUnit: "比例", lengthUnit: "每个回答的词元", stepAxis: "步",
+  trainingLoss: "训练", heldOutThink: "未见题，带思考", heldOutShort: "未见题，不思考", reward: "答对", thinkingTokens: "思考", completionTokens: "总计",
+  nothingYet: "训练开始后出现。", afterPretrain: "在{stage}之后出现。", thinks: "思考", shortTokens: "词元", levelOf: "难度 {n}",
+  thinksChart: "{family}：各难度的思考概率：{thinks}", curveChart: "{title}，按步；最后：{last}",
+  onMode: "开", offMode: "关", thinkingOn: "思考", thinkingOff: "不思考", rightIs: "答案：{answer}", silent: "（无）", tokensOf: "{n} 个词元",
+};
