@@ -3,12 +3,14 @@
 #   PYTHON=python3.12     the interpreter to build .venv with (default: the first one >= 3.11 that is found)
 #   TORCH_INDEX=URL       an extra package index that has CPU builds of torch
 #   VENV=.venv            where the environment lies
+#   WORKERS=2             processes of `make test`
 #   PORT=8000             of the page of `make chat`
 #   CHAT=runs/smollm2     the checkpoint that it talks with; made there if missing
 #   SERVE=1               `make demo` ends by serving its model also where its output is no terminal (0: nowhere)
 
 VENV ?= .venv
 PYTHON ?=
+WORKERS ?= 2
 TORCH_INDEX ?=
 PORT ?= 8000
 CHAT ?= runs/smollm2
@@ -39,8 +41,9 @@ chat: plan-chat $(VENV)/.ready-chat
 	@if [ ! -e $(CHAT)/config.json ]; then echo "$(BIN)/turbos import smollm2 --out $(CHAT)"; $(BIN)/turbos import smollm2 --out $(CHAT); fi
 	$(BIN)/turbos serve $(CHAT) --port $(PORT) --open || [ $$? -eq 130 ]
 
+# Two processes with one thread each take little more than half the time of one with two.
 test: plan-test lint typecheck
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-all: plan-test lint typecheck
 	$(BIN)/python -m pytest
