@@ -117,7 +117,9 @@ def test_a_phone_in_the_dark_and_in_chinese(chromium: Browser, finished: Path) -
         with visit(chromium, server, width=390) as page:
             assert page.evaluate("() => getComputedStyle(document.body).backgroundColor") != dark
             unnamed = page.evaluate(
-                """() => [...document.querySelectorAll("button, input, a, progress:not([aria-hidden]), [role=img]")].filter((one) =>
+                """() => [
+                    ...document.querySelectorAll("button, input, a, progress:not([aria-hidden]), [role=img]")
+                ].filter((one) =>
                     !(one.getAttribute("aria-label") || one.textContent.trim() || one.labels?.[0]?.textContent.trim())
                 ).map((one) => one.outerHTML)"""
             )
