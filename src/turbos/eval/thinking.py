@@ -1,4 +1,4 @@
-"""How often and how much a model thinks where that is left to it (mode `auto`), by the difficulty of held-out problems.
+"""How often and how much a model thinks when that is left to it (`auto`), over the difficulty of held-out problems.
 
 The rate is the chance that an answer opens its thinking and writes something there, at temperature 1. It is read off
 the model before an answer begins, not counted, so a few problems give a steady figure; an empty pair of tags is no
