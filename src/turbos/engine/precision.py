@@ -65,9 +65,8 @@ class Weights:
 
     def pack(self) -> None:
         """Pack the model's present weights, and give the model the numbers that the packed ones stand for."""
-        rounded = self.precision == "int8" or (
-            self.precision == "bf16" and self.model.embed_weight.device.type == "cpu"
-        )
+        # A model that is bf16 itself has nothing to round.
+        rounded = self.precision in ("int8", "bf16") and self.model.embed_weight.dtype == torch.float32
         if self.why_torch and not rounded:
             return
         assert self.precision != "fp64"
@@ -120,10 +119,13 @@ def _device(model: LanguageModel, config: EngineConfig) -> torch.device:
     if config.device is None:
         return model.embed_weight.device
     try:
-        return torch.empty(0, device=config.device).device
+        device = torch.empty(0, device=config.device).device
     # What torch raises depends on the kind of device and on how torch was built.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"engine: device {config.device!r} is not here: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise UserError("engine: device 'meta' holds no numbers: nothing can run there; use 'cpu' or 'cuda'")
+    return device
 
 
 def to_bf16(model: LanguageModel) -> LanguageModel:
@@ -137,7 +139,10 @@ def _static(model: LanguageModel, config: EngineConfig) -> Literal["", "graphs",
     """Whether static steps decode, and captured or not; UserError for graphs where there is no CUDA."""
     device = model.embed_weight.device.type
     if config.path == "graphs" and device != "cuda":
-        raise UserError(f"engine: CUDA graphs need a model on a CUDA device, this one is on {device}; use path 'auto'")
+        raise UserError(
+            f"engine: CUDA graphs need a model on a CUDA device, this one is on {device}; "
+            "set device 'cuda', or leave path at 'auto'"
+        )
     if config.path in ("graphs", "static"):
         return "graphs" if config.path == "graphs" else "static"
     return "graphs" if config.path == "auto" and device == "cuda" else ""
