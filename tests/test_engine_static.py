@@ -245,7 +245,7 @@ def test_the_plain_step_could_not_be_captured(layers: str) -> None:
 
 def test_law_4_in_bf16() -> None:
     """Router, softmax, decays, states, norms' sums and logits are fp32 though the weights are bf16."""
-    step, watch = numberless_step("meta", None, 4, rope_theta=10000.0, router="sigmoid")
+    step, watch = numberless_step("meta", None, 4, rope_theta=10000.0, qk_norm=True, router="sigmoid")
     wide = {name for name, x in step.model.named_parameters() if x.dtype == torch.float32}
     assert wide == {name for name, _ in step.model.named_parameters() if name.rsplit(".", 1)[-1] in WIDE}
     assert step.pool.scan_SX.dtype == step.logits_BV.dtype == torch.float32

@@ -37,7 +37,7 @@ class Documents:
         """Borders of documents of the given lengths (each >= 1)."""
         if not lengths or min(lengths) < 1:
             raise ValueError(f"documents need at least one token each, got lengths {list(lengths)[:8]}")
-        borders = [0, *accumulate(lengths)]
+        borders = [0, *accumulate(int(length) for length in lengths)]
         documents = cls(torch.tensor(borders, dtype=torch.int64, device=device))
         # Known here already: a device need not be asked for them.
         documents.__dict__["borders"] = borders

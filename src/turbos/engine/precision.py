@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 Held = Literal["fp32", "bf16", "int8", "fp64"]
 NAME_OF: dict[torch.dtype, Held] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
-WIDE = ("norm_weight", "router_weight", "selection_bias", "A_log", "dt_bias", "D")
+WIDE = frozenset(
+    ("norm_weight", "q_norm_weight", "k_norm_weight", "router_weight", "selection_bias", "A_log", "dt_bias", "D")
+)
 """Last names of parameters that stay fp32 in a bf16 model: what decides, and what is summed or decays over a text."""
 
 
