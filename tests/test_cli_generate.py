@@ -132,7 +132,12 @@ def test_what_the_engine_does_is_said_on_request(checkpoint: str, capsys: pytest
         (["--memory", "1kB"], "give the engine more memory"),
         (["--threads", "0"], "threads must be at least 1"),
         (["--precision", "int3"], "precision 'int3' is none of auto, "),
-        (["--path", "scenic"], "path 'scenic' is none of auto, fused, torch"),
+        (
+            ["--path", "graphs"],
+            "engine: CUDA graphs need a model on a CUDA device, this one is on cpu; set device 'cuda'",
+        ),
+        (["--device", "abacus"], "engine: device 'abacus' is not here"),
+        (["--path", "scenic"], "path 'scenic' is none of auto, fused, graphs, static, torch"),
         (["--regex", "[0-9"], "grammar (regex) cannot be compiled"),
         (["--regex", "a\udcff"], "--regex is not valid text"),
         (["--regex", "a", "--stop", "b"], "stop strings would cut an answer that a grammar constrains"),

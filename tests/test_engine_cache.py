@@ -162,6 +162,27 @@ def test_without_scans_only_hidden_states_count() -> None:
     assert hit_of(cache, range(6)).refused == "no last hidden state"
 
 
+def test_a_held_state_is_kept_without_a_vector_that_is_too_large() -> None:
+    """Without scans a state's own bytes are its hidden vector's; pages are the pool's."""
+    pool = poisoned_pool(tiny_config("AD"), 2, 4)
+    cache, row = StateCache(pool, 10), started(pool)
+    assert pool.ensure(row, 70)
+    row.length = 70
+    snapshot = cache.take(row, torch.ones(3))
+    cache.keep_snapshot(range(70), snapshot)
+    cache.release(snapshot)
+    pool.free_row(row)
+    assert (cache.metrics.snapshots, cache.metrics.scan_bytes) == (1, 0)
+    found = hit_of(cache, range(71))
+    assert found.length == 70 and found.snapshot.hidden_D is None
+    cache.release(found.snapshot)
+    assert cache.evict_pages(1) == 2 and pool.allocator.free == 4
+    scans = StateCache(poisoned_pool(tiny_config("MD"), 1, 0), 10)
+    held = scans.take(started(scans.pool), torch.ones(3))
+    scans.keep_snapshot((), held)
+    assert scans.metrics.snapshots == 0, "a scan state that does not fit is not kept"
+
+
 def test_pages_are_freed_on_request_and_shorter_states_survive() -> None:
     pool = poisoned_pool(tiny_config("MAD"), 2, 12)
     cache, row = StateCache(pool, MANY), started(pool)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from fused_cases import Fused, random_config, truth
 from model_cases import VARIANTS, VOCABULARY, random_tokens, tiny_config, tiny_model
 from turbos.common.errors import UserError
 from turbos.common.records import Documents
+from turbos.engine.config import EngineConfig
+from turbos.engine.engine import Engine
 from turbos.engine.fused import run as fused_run
 from turbos.engine.fused.step import FusedStep, warm_up
 from turbos.engine.fused.support import refusal
@@ -230,3 +234,18 @@ def test_the_key_of_the_cache_covers_every_compiled_file() -> None:
     sources = {path.stem: path.read_text() for path in Path(fused_run.__file__).parent.glob("*.py")}
     compiled = {name for name, text in sources.items() if "@kernel" in text or "@inlined" in text}
     assert compiled | {"program", "tiles"} == set(fused_run.COMPILED)
+
+
+@pytest.mark.parametrize("path", ["auto", "torch"])
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_a_precision_that_a_model_cannot_have_is_one_line(precision: str, path: str) -> None:
+    """Rounding is the fused step's: it knows no Mamba-1."""
+    config = EngineConfig(memory=1 << 26, precision=precision, path=path)  # type: ignore[arg-type]
+    message = (
+        f"engine: precision {precision} is for models that the fused step knows, and it has no Mamba-1 sublayers (S); "
+        "choose precision 'fp32' or 'own'"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        Engine(tiny_model("SDAD"), config=config)
+    for allowed in ("auto", "own", "fp32"):
+        Engine(tiny_model("SDAD"), config=replace(config, precision=allowed))

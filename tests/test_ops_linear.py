@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from static_cases import Watch
 from turbos.ops.attention import _attend_in_two_parts, _attend_masked, _heads_first
-from turbos.ops.linear import linear, linear_path, product
+from turbos.ops.linear import linear, linear_path, product, wide_linear
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 8, 8), (7, 5, 3), (64, 33, 17), (300, 128, 96)])
@@ -58,3 +60,26 @@ def test_two_part_attention_equals_the_masked_one(own: int, earlier: int) -> Non
     q, k, v = q_LHE.transpose(0, 1)[None], _heads_first(k_SKE, 6), _heads_first(v_SKE, 6)
     masked = _attend_masked(q, k, v, earlier, 0.3)[0].transpose(0, 1)
     assert float((two - masked).abs().max()) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_a_wide_product_is_not_rounded_to_its_factors(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(9, 33).to(dtype), torch.randn(17, 33).to(dtype)
+    truth = x.double() @ w.double().T
+    wide = wide_linear(x, w)
+    assert wide.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert float((wide - truth).abs().max() / truth.abs().max()) < 2e-6
+    leaf = w.clone().requires_grad_()
+    wide_linear(x, leaf).sum().backward()
+    assert leaf.grad is not None and leaf.grad.dtype == dtype
+
+
+def test_on_cuda_the_product_itself_is_wide() -> None:
+    """By shape and kind only: fake tensors have the device and no numbers."""
+    with FakeTensorMode(), torch.no_grad():
+        x, w = (torch.empty(rows, 8, device="cuda", dtype=torch.bfloat16) for rows in (3, 5))
+        with Watch() as watch:
+            wide = wide_linear(x, w)
+    assert wide.shape == (3, 5) and wide.dtype == torch.float32 and wide.device.type == "cuda"
+    assert [str(func) for func, *_ in watch.calls if "mm" in str(func)] == ["aten.mm.dtype"], "the weight was copied"

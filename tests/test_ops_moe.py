@@ -177,3 +177,32 @@ def test_a_nan_token_spoils_only_itself() -> None:
     after = moe.mix_experts(inputs[0], routing, load, *inputs[2:], "swiglu")
     others = torch.arange(TOKENS) != 9
     assert bit_equal(before[others], after[others]) and after[9].isnan().all()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, TOKENS], ids=str)
+@pytest.mark.parametrize("top_k", [1, 2, 6])
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+def test_the_fixed_form_is_one_by_one(activation: moe.Activation, router: str, top_k: int, tokens: int) -> None:
+    """Fewer choices than experts, and more: both of its ways."""
+    x, logits, w_in, w_out = make_inputs(activation)
+    routing = route(router, logits[:tokens].double(), top_k)
+    truth = moe.mix_experts_truth(x[:tokens].double(), routing, w_in.double(), w_out.double(), activation)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
+        weights = (w_in.to(dtype), w_out.to(dtype))
+        assert_close(
+            [moe.mix_experts_fixed(x[:tokens].to(dtype), routing, *weights, activation)], [truth], tolerance, "y"
+        )
+    counts = moe.expert_load_fixed(routing.experts_TK, EXPERTS)
+    assert torch.equal(counts, moe.expert_load(routing.experts_TK, EXPERTS)) and counts.dtype == torch.int64
+
+
+@pytest.mark.parametrize("tokens", [2, TOKENS], ids=str)
+def test_a_nan_token_spoils_only_itself_in_the_fixed_form(tokens: int) -> None:
+    x, logits, *weights = (x[:tokens] if place < 2 else x for place, x in enumerate(make_inputs("swiglu")))
+    routing = moe.route_softmax(logits, 2)
+    before = moe.mix_experts_fixed(x, routing, *weights, "swiglu")
+    x[1] = float("nan")
+    after = moe.mix_experts_fixed(x, routing, *weights, "swiglu")
+    others = torch.arange(tokens) != 1
+    assert bit_equal(before[others], after[others]) and after[1].isnan().all()

@@ -56,8 +56,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--memory", metavar="SIZE", help="for weights, states and keys, such as 4GiB (default: 70%% of what is free)"
     )
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    group.add_argument("--device", metavar="cpu|cuda", help="where the model runs (default: the CPU)")
     group.add_argument(
-        "--path", default="auto", metavar="auto|fused|torch", help="which decoding step (auto: the fused)"
+        "--path",
+        default="auto",
+        metavar="auto|fused|graphs|torch",
+        help="which decoding step (auto: the fused one, CUDA graphs on a CUDA device; torch: neither)",
     )
     loudness = group.add_mutually_exclusive_group()
     loudness.add_argument("--quiet", action="store_true", help="say nothing of the engine and of speed")
@@ -98,6 +102,7 @@ def engine_config(args: argparse.Namespace, max_running: int) -> EngineConfig:
         precision=args.precision,
         path=args.path,
         threads=args.threads,
+        device=args.device,
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
@@ -37,9 +37,11 @@ class Documents:
         """Borders of documents of the given lengths (each >= 1)."""
         if not lengths or min(lengths) < 1:
             raise ValueError(f"documents need at least one token each, got lengths {list(lengths)[:8]}")
-        cu = torch.zeros(len(lengths) + 1, dtype=torch.int64)
-        cu[1:] = torch.tensor(list(lengths), dtype=torch.int64).cumsum(0)
-        return cls(cu.to(device))
+        borders = [0, *accumulate(int(length) for length in lengths)]
+        documents = cls(torch.tensor(borders, dtype=torch.int64, device=device))
+        # Known here already: a device need not be asked for them.
+        documents.__dict__["borders"] = borders
+        return documents
 
     @cached_property
     def borders(self) -> list[int]:

@@ -184,11 +184,16 @@ class StateCache:
             self._put(place, self.take(row, hidden_D if self._affords(hidden_D) else None))
 
     def keep_snapshot(self, ids: Sequence[int], snapshot: Snapshot) -> None:
-        """Remember a state that somebody holds (read from a file, say) under the tokens that it has read."""
+        """Remember a state that somebody holds (read from a file, say) under the tokens that it has read.
+
+        Where only the hidden state is too large, it is kept without.
+        """
         self._check_held(snapshot)
         place = self._places.of(ids, snapshot.length)
-        if place not in self._kept and snapshot.nbytes <= self.limit:
-            self._put(place, self.hold(snapshot))
+        if place in self._kept or self.pool.layout.state_bytes > self.limit:
+            return
+        fits = snapshot.nbytes <= self.limit
+        self._put(place, self.hold(snapshot) if fits else self._copy_with(snapshot, None))
 
     def _put(self, place: Place, snapshot: Snapshot) -> None:
         """Take over a hold on a snapshot and remember it; others may have to go."""
@@ -205,16 +210,25 @@ class StateCache:
 
     def _replace(self, place: Place, known: Snapshot, hidden_D: Tensor | None) -> None:
         """Put the same state with another hidden state in its place; holders of the old snapshot keep that."""
-        for page in known.pages:
-            self.pool.allocator.retain(page)
-        hidden_D = None if hidden_D is None else hidden_D.detach().clone()
-        self._kept[place] = other = self.adopt(replace(known, hidden_D=hidden_D))
+        self._kept[place] = other = self._copy_with(known, hidden_D)
         self._bytes += other.nbytes - known.nbytes
         self.release(known)
         self._shrink()
 
+    def _copy_with(self, snapshot: Snapshot, hidden_D: Tensor | None) -> Snapshot:
+        """The same state with another hidden state, held once; both share tensors and pages."""
+        for page in snapshot.pages:
+            self.pool.allocator.retain(page)
+        return self.adopt(replace(snapshot, hidden_D=None if hidden_D is None else hidden_D.detach().clone()))
+
     def find(self, ids: Sequence[int]) -> Hit | Miss:
-        """The longest state kept of a beginning of `ids`, held for the caller.
+        """`look`, and count what came of it."""
+        found = self.look(ids)
+        self.count(found)
+        return found
+
+    def look(self, ids: Sequence[int]) -> Hit | Miss:
+        """The longest state kept of a beginning of `ids`, held for the caller; not counted.
 
         All of `ids` only where the last hidden state is known too: without it the last token must be read again.
         """
@@ -227,14 +241,18 @@ class StateCache:
                 refused = refused or "no last hidden state"
             else:
                 self._kept.move_to_end(place)
-                self._note(refused)
-                self._hits += 1
-                self._hit_tokens += snapshot.length
                 return Hit(self.hold(snapshot), snapshot.length, refused)
-        reason: Reason = refused or "no prefix"
-        self._note(reason)
-        self._misses += 1
-        return Miss(reason)
+        return Miss(refused or "no prefix")
+
+    def count(self, found: Hit | Miss) -> None:
+        """Count what a `look` gave, once for whoever asked, however often he looked."""
+        if isinstance(found, Hit):
+            self._note(found.refused)
+            self._hits += 1
+            self._hit_tokens += found.length
+        else:
+            self._note(found.reason)
+            self._misses += 1
 
     def kept_length(self, ids: Sequence[int]) -> int:
         """Tokens of the longest state kept of a beginning of `ids`, 0 for none; neither a hit nor a use."""

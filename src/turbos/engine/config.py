@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from turbos.common.errors import UserError
 
 Precision = Literal["auto", "own", "fp32", "bf16", "int8"]
-Path = Literal["auto", "fused", "torch"]
+Path = Literal["auto", "fused", "graphs", "static", "torch"]
 
 SEGMENT = 512
 """Prompt tokens read in one call. A longer segment reads a little faster, and lets running answers wait longer."""
@@ -23,8 +23,9 @@ class EngineConfig:
     `precision` is that of the weights: `own` leaves them as they are, `auto` is int8 on the CPU where the fused step
     runs, else bf16 on an accelerator and `own` on the CPU. `device` None is where the model lies. `path`
     `auto` takes the fused step where it can run, on `threads` threads (None: torch's number, which the model itself
-    always runs on). Prompts are read in calls that end at multiples of `segment`; a state
-    is kept every `snapshot_every` tokens, at the end of a prompt and of an answer.
+    always runs on), CUDA graphs on a CUDA device, else the plain step of torch; `static` is the step that graphs
+    capture, run without any (for tests). Prompts are read in calls that end at multiples of `segment`; a state is kept
+    every `snapshot_every` tokens, at the end of a prompt and of an answer.
     """
 
     memory: int | None = None

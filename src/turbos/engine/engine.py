@@ -33,7 +33,6 @@ from turbos.engine.memory import MemoryPlan, plan
 from turbos.engine.metrics import Counters, EngineMetrics
 from turbos.engine.pool import PAGE, StatePool
 from turbos.engine.precision import Weights
-from turbos.engine.runner import Runner
 from turbos.engine.sampler import Choice, NoChoice, Sampler
 from turbos.engine.sampling_params import GREEDY, SamplingParams
 from turbos.engine.scheduler import Scheduler
@@ -65,23 +64,25 @@ class Engine:
         beyond = sorted(id for id in self.eos_ids if not 0 <= id < shape.vocab_size)
         if beyond:
             raise UserError(f"engine: end token {beyond[0]} lies outside vocab_size {shape.vocab_size}")
+        static, kind = bool(self.weights.static), (weight.device, weight.dtype)
         self.plan: MemoryPlan = plan(
             shape,
             self.weights.nbytes,
             config.memory,
             config.context,
             config.max_running,
-            dtype=weight.dtype,
-            device=weight.device,
+            device=kind[0],
+            dtype=kind[1],
             segment=config.segment,
+            static=static,
         )
-        self.pool = StatePool(shape, self.plan.slots, self.plan.pages, weight.device, weight.dtype)
+        self.pool = StatePool(shape, self.plan.slots, self.plan.pages, *kind, scratch=static)
         self.cache = StateCache(self.pool, self.plan.cache_bytes)
         self.scheduler = Scheduler(self.pool, self.cache, config.segment, config.snapshot_every)
         self._sampler = Sampler(shape.vocab_size, tokenizer)
         # What is compiled is compiled here, never in the middle of a request.
         warm_up()
-        self._runner = Runner(model, self.pool, self.weights.fused_step(self.pool))
+        self._runner = self.weights.runner(self.pool)
         self._lock = threading.RLock()
         self._next = threading.Lock()
         self._inbox: deque[Sequence] = deque()
@@ -112,7 +113,7 @@ class Engine:
 
     def describe(self) -> list[str]:
         """Which paths run and why, what a session costs and how many fit: a program's first lines."""
-        return [f"engine: {self.weights.description}", f"memory: {self.plan.describe()}"]
+        return [f"engine: {self.weights.describe(self._runner)}", f"memory: {self.plan.describe()}"]
 
     @property
     def model(self) -> LanguageModel:
@@ -234,7 +235,8 @@ class Engine:
             for name, tensor in own.items():
                 tensor.copy_(new[name])
             self.weights.pack()
-            self._runner = Runner(self.weights.model, self.pool, self.weights.fused_step(self.pool))
+            # Static steps read the model's tensors where they lie: they know the new numbers already.
+            self._runner = replace(self._runner, fused=self.weights.fused_step(self.pool))
             self.cache.set_version(version)
             self.scheduler.release_prompts()
             self.weights_version = version
@@ -273,9 +275,9 @@ class Engine:
                 raise UserError(f"{path}: the engine's weights became others while the session was read")
             session = place_session(path, self.cache, tensors)
             try:
-                if session.snapshot.nbytes > self.cache.limit:
+                if self.plan.state_bytes > self.cache.limit:
                     raise UserError(
-                        f"{path}: a state takes {session.snapshot.nbytes / 1e6:.1f} MB, kept states have "
+                        f"{path}: a state takes {self.plan.state_bytes / 1e6:.1f} MB, kept states have "
                         f"{self.cache.limit / 1e6:.1f} MB: give the engine more memory"
                     )
                 self.cache.keep_snapshot(session.ids, session.snapshot)
@@ -399,7 +401,9 @@ class Engine:
     def _begin(self, sequence: Sequence, hidden_D: Tensor) -> None:
         """The prompt is read: write the first token, unless this is an answer that had stepped back."""
         group = sequence.group
-        self._counters.cached_tokens += sequence.cached_tokens
+        if not (sequence.writer.ids or group.counted):
+            self._counters.cached_tokens += sequence.cached_tokens
+            group.counted = True
         if sequence.params.routes:
             # Members of a group share what its reader saw.
             group.routes = group.routes or tuple(sequence.routes)

@@ -74,10 +74,12 @@ def plan(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     segment: int = SEGMENT,
+    static: bool = False,
 ) -> MemoryPlan:
     """Share out `memory` bytes (weights and working memory included) for sequences of up to `context` tokens.
 
-    Prompts are read `segment` tokens at once.
+    Prompts are read `segment` tokens at once. `static` steps keep a slot and a page for rows that nobody needs, and
+    their working memory for good.
 
     `memory` None takes 70 % of what is available at present, where the weights have their place already. A quarter is
     for kept states, as far as one sequence of full length fits beside them; up to a quarter of the rest may go to slots
@@ -86,6 +88,8 @@ def plan(
     """
     layout = Layout.of(config, dtype)
     working = _working_bytes(config, max_running, segment)
+    if static:
+        working += layout.state_bytes + layout.page_bytes + _static_bytes(layout, max_running, context)
     free = int(SHARE * available_memory(device)) - working if memory is None else memory - weights_bytes - working
     least = layout.state_bytes + layout.page_bytes
     if free < least:
@@ -132,7 +136,7 @@ def _clamped(context: int, shorter: int, max_running: int, slots: int) -> list[s
     return cuts + ([f"max_running {max_running} to {slots}"] if slots < max_running else [])
 
 
-def _working_bytes(config: ModelConfig, max_running: int, segment: int) -> int:
+def _working_bytes(config: ModelConfig, max_running: int, segment: int = SEGMENT) -> int:
     """An estimate of what one call of the model needs at its peak, in fp32: one segment, or a step of all sequences."""
     widest = max(
         config.hidden_size,
@@ -143,6 +147,12 @@ def _working_bytes(config: ModelConfig, max_running: int, segment: int) -> int:
         2 * config.top_k * config.expert_size + 2 * config.shared_expert_size if "F" in config.layers else 0,
     )
     return 4 * (segment * (4 * config.hidden_size + 3 * widest) + 3 * max_running * config.vocab_size)
+
+
+def _static_bytes(layout: Layout, max_running: int, context: int) -> int:
+    """An estimate of what static steps hold beside that: states of all rows, gathered and next, one sublayer's keys."""
+    keys = layout.pages_for(context) * layout.page_bytes // max(1, len(layout.attention))
+    return max_running * (2 * layout.state_bytes + 2 * keys)
 
 
 def available_memory(device: torch.device | str = "cpu") -> int:

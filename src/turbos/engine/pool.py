@@ -59,18 +59,31 @@ class StatePool:
         num_pages: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        *,
+        scratch: bool = False,
     ) -> None:
-        """Everything free; `dtype` is that of conv inputs, keys and values."""
+        """Everything free; `dtype` is that of conv inputs, keys and values.
+
+        `scratch` adds a slot and a page at the end that no sequence ever gets: a step of fixed height lets the rows
+        that it does not need write there.
+        """
         self.config, self.device, self.dtype = config, torch.device(device), dtype
         self.layout = Layout.of(config, dtype)
         self.num_slots = num_slots
         self.allocator = PageAllocator(num_pages)
-        self.conv_SX = torch.empty(num_slots, self.layout.conv_numbers, device=device, dtype=dtype)
-        self.scan_SX = torch.empty(num_slots, self.layout.scan_numbers, device=device, dtype=scan_dtype(dtype))
-        shape = (num_pages, PAGE, config.num_kv_heads, config.head_dim)
+        self.scratch = scratch
+        slots, pages = num_slots + scratch, num_pages + scratch
+        self.conv_SX = torch.empty(slots, self.layout.conv_numbers, device=device, dtype=dtype)
+        self.scan_SX = torch.empty(slots, self.layout.scan_numbers, device=device, dtype=scan_dtype(dtype))
+        shape = (pages, PAGE, config.num_kv_heads, config.head_dim)
         self.keys = tuple(torch.empty(shape, device=device, dtype=dtype) for _ in self.layout.attention)
         self.values = tuple(torch.empty(shape, device=device, dtype=dtype) for _ in self.layout.attention)
         self._free_slots = list(range(num_slots))
+        if scratch:
+            self.conv_SX[num_slots].zero_()
+            self.scan_SX[num_slots].zero_()
+            for tensor in (*self.keys, *self.values):
+                tensor[num_pages].zero_()
 
     @property
     def pages_matter(self) -> bool:

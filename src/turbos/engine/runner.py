@@ -1,7 +1,7 @@
 """Runs the model over rows of the pool: a piece of one prompt, or one token for each of many rows.
 
-Prompts always go through the model itself. Single tokens go through the fused step where there is one, else through the
-model too. Which of them runs is decided once, by the engine, and said by it.
+Prompts always go through the model itself. Single tokens go through the fused step where there is one, or through
+static steps (CUDA graphs), else through the model too. Which of them runs is decided once, by the engine, and said.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from turbos.common.records import Documents
 from turbos.engine.fused.support import MAX_BATCH
+from turbos.engine.graphs import StaticSteps
 from turbos.engine.pool import PoolRow, StatePool
 from turbos.model.lm import LanguageModel, Output
 
@@ -32,11 +33,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Runner:
-    """The model, its pool, and the fused step if it runs here."""
+    """The model, its pool, and the fused step or the static steps if they run here."""
 
     model: LanguageModel
     pool: StatePool
-    fused: FusedStep | None
+    fused: FusedStep | None = None
+    static: StaticSteps | None = None
 
     def read(self, row: PoolRow, ids: Sequence[int], want_routes: bool) -> tuple[Tensor, Tensor | None]:
         """Read a piece of a prompt into a row; the last token's hidden state `[D]` and experts `[n, L, K]`.
@@ -52,6 +54,9 @@ class Runner:
 
     def step(self, rows: Sequence[PoolRow], ids: Sequence[int], want_routes: bool) -> Step:
         """Read one token for each row."""
+        if self.static is not None and self.static.ready(rows):
+            logits_BV, routes_BLK = self.static(rows, ids)
+            return Step(logits_BV, routes_BLK if want_routes else None)
         if self.fused is None:
             output = self._forward(rows, [1] * len(rows), ids)
             return Step(self.model.logits(output.hidden_TD), routes_of(output) if want_routes else None)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from turbos.engine.cache import Hit, Snapshot, StateCache
+from turbos.engine.cache import Hit, Miss, StateCache
 from turbos.engine.pool import PAGE, PoolRow, StatePool
 from turbos.engine.sequence import Group, Sequence
 
@@ -125,11 +125,13 @@ class Scheduler:
         row = self.pool.new_row()
         if row is None:
             return False
-        snapshot = self._known(sequence)
+        found = self._known(sequence)
+        snapshot = found.snapshot if isinstance(found, Hit) else None
         if snapshot is not None:
             self.cache.restore(snapshot, row)
             self.cache.release(snapshot)
         if self._room_for(row, sequence.total + 1):
+            self._count_look(sequence, found)
             sequence.row, sequence.cached_tokens = row, row.length
             whole = snapshot is not None and row.length == sequence.prompt_length
             sequence.hidden_D = snapshot.hidden_D if snapshot is not None and whole else None
@@ -137,14 +139,21 @@ class Scheduler:
         self.pool.free_row(row)
         return False
 
-    def _known(self, sequence: Sequence) -> Snapshot | None:
-        """The longest state of the prompt that is there, held for the caller."""
-        if sequence.group.snapshot is not None:
-            return self.cache.hold(sequence.group.snapshot)
+    def _known(self, sequence: Sequence) -> Hit | Miss | None:
+        """The longest state of the prompt that is there, held for the caller; None where nobody looked."""
+        snapshot = sequence.group.snapshot
+        if snapshot is not None:
+            return Hit(self.cache.hold(snapshot), snapshot.length)
         if not sequence.params.cache or sequence.params.routes:
             return None
-        found = self.cache.find(sequence.prompt_ids)
-        return found.snapshot if isinstance(found, Hit) else None
+        return self.cache.look(sequence.prompt_ids)
+
+    def _count_look(self, sequence: Sequence, found: Hit | Miss | None) -> None:
+        """Count a prompt's look among kept states, the first time that somebody of its group has a row by it."""
+        group = sequence.group
+        if found is not None and group.snapshot is None and not (group.looked_up or sequence.writer.ids):
+            self.cache.count(found)
+            group.looked_up = True
 
     def _room_for(self, row: PoolRow, length: int) -> bool:
         """Whether pages for `length` tokens are free or can be made so, and one more for each that writes."""

@@ -44,13 +44,16 @@ class Group:
 
     `waiting` counts members that have not begun to write; `snapshot` is there once the prompt was read, as long as some
     wait. `logits_V` follow the prompt; `routes` `[n, L, K]` are its experts, where the members want them. Members read
-    alike: with the same marks, and all or none of them from kept states.
+    alike: with the same marks, and all or none of them from kept states. `looked_up` and `counted` are of the metrics:
+    a prompt's look among kept states, and the tokens that came of it, count once.
     """
 
     waiting: int = 0
     snapshot: Snapshot | None = None
     logits_V: Tensor | None = None
     routes: tuple[Tensor, ...] = ()
+    looked_up: bool = False
+    counted: bool = False
 
 
 @dataclass(eq=False)

@@ -89,6 +89,11 @@ class PoolView:
         """Tokens read of each sequence, as plain integers."""
         return self.lengths_B.tolist()
 
+    @property
+    def fixed(self) -> bool:
+        """False: its lengths are asked for."""
+        return False
+
     def check_room(self, new_lengths: Sequence[int]) -> None:
         """RuntimeError where tokens would go beyond a row's pages, or onto a page that others hold too."""
         if self.allocator is None:

@@ -25,7 +25,7 @@ from turbos.model.config import ModelConfig
 from turbos.model.mixers import Experts, Pass, build_mixer
 from turbos.model.parameters import init_parameters
 from turbos.model.state import RunningState
-from turbos.ops.linear import linear
+from turbos.ops.linear import wide_linear
 from turbos.ops.norm import rms_norm
 
 
@@ -122,13 +122,13 @@ class LanguageModel(nn.Module):
             raise ValueError(f"{documents.count} documents for a state of {state.batch} sequences")
         state.check_room(documents.lengths)
         positions_T = documents.positions_T + state.lengths_B[documents.index_T]
-        return Pass(documents, positions_T, documents.total == documents.count, tuple(state.lengths))
+        step = documents.total == documents.count
+        return Pass(documents, positions_T, step, tuple(state.lengths), fixed=state.fixed)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Logits `[T, V]` in fp32 (float64 where the model is)."""
-        logits_TV = linear(hidden_TD, self.head_weight)
-        wide = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
-        return wide if self.logit_scale == 1.0 else wide * self.logit_scale
+        logits_TV = wide_linear(hidden_TD, self.head_weight)
+        return logits_TV if self.logit_scale == 1.0 else logits_TV * self.logit_scale
 
     def update_selection_bias(self, load_LE: Tensor) -> None:
         """After an optimizer step: move the routers' selection biases (nothing unless `bias_update` is `update`)."""

@@ -38,6 +38,7 @@ class Pass:
     positions_T: Tensor
     step: bool  # a state is given and every document is one token
     earlier: tuple[int, ...]  # tokens of each sequence read before this call
+    fixed: bool = False  # nothing may depend on numbers that lie on the device (`RunningState.fixed`)
     routers: list[RouterReport] = field(default_factory=list)
     recycling: torch.Generator | None = None
 
@@ -262,7 +263,8 @@ class Experts(nn.Module):
         wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
         logits_TE = F.linear(x_TD.to(wide), self.router_weight.to(wide))
         routing = self._route(logits_TE)
-        load_E = moe.expert_load(routing.experts_TK, self.config.num_experts)
+        count = moe.expert_load_fixed if call.fixed else moe.expert_load
+        load_E = count(routing.experts_TK, self.config.num_experts)
         # The router answers for what it chose itself: recycling must not hide that it overloads an expert.
         report = self._report(logits_TE, routing.experts_TK, load_E)
         if self.config.capacity_factor is not None and call.recycling is not None:
@@ -271,11 +273,14 @@ class Experts(nn.Module):
             routing = moe.Routing(experts_TK, self._gates(logits_TE, experts_TK))
             load_E = moe.expert_load(experts_TK, self.config.num_experts)
         call.routers.append(report)
-        y_TD = self._mix(x_TD, routing, load_E)
+        y_TD = self._mix_fixed(x_TD, routing) if call.fixed else self._mix(x_TD, routing, load_E)
         return y_TD if self.shared is None else y_TD + self.shared(x_TD, call, None)
 
     def _mix(self, x_TD: Tensor, routing: moe.Routing, load_E: Tensor) -> Tensor:
         return moe.mix_experts(x_TD, routing, load_E, self.w_in, self.w_out, self.config.activation)
+
+    def _mix_fixed(self, x_TD: Tensor, routing: moe.Routing) -> Tensor:
+        return moe.mix_experts_fixed(x_TD, routing, self.w_in, self.w_out, self.config.activation)
 
     def _route(self, logits_TE: Tensor) -> moe.Routing:
         config = self.config

@@ -101,6 +101,13 @@ class RunningState(Protocol):
     def lengths(self) -> list[int]:
         """Tokens read of each sequence, as plain integers."""
 
+    @property
+    def fixed(self) -> bool:
+        """Whether a call must not depend on the tensors' numbers in its shapes or on the host: it may be captured.
+
+        `lengths` are then bounds, the same for every call.
+        """
+
     def check_room(self, new_lengths: Sequence[int]) -> None:
         """An error if some sequence cannot grow by so many tokens."""
 
@@ -135,6 +142,11 @@ class HybridState:
     def lengths(self) -> list[int]:
         """Tokens read of each sequence, as plain integers."""
         return self.lengths_B.tolist()
+
+    @property
+    def fixed(self) -> bool:
+        """False: its lengths are asked for."""
+        return False
 
     @property
     def nbytes(self) -> int:

@@ -126,7 +126,8 @@ def attention_decode(
 ) -> Tensor:
     """One query per sequence over its cache row (own key already written): `[B, H, E]`.
 
-    `lengths_B` counts valid slots; `longest` is its maximum, so that no slot beyond it is read.
+    `lengths_B` counts valid slots; `longest` is its maximum or more, and no slot beyond it is read. Keys beyond a
+    length may be anything, values there must be finite. The softmax is fp32 or wider.
     """
     batch, heads, width = q_BHE.shape
     kv_heads = k_BSKE.shape[2]
@@ -134,9 +135,10 @@ def attention_decode(
     values = v_BSKE[:, :longest].transpose(1, 2)
     q = q_BHE.view(batch, kv_heads, heads // kv_heads, width) * scale
     scores_BKRS = torch.matmul(q, keys)
+    scores_BKRS = scores_BKRS if scores_BKRS.dtype == torch.float64 else scores_BKRS.float()
     hidden_BS = torch.arange(longest, device=q.device) >= lengths_B[:, None]
     scores_BKRS.masked_fill_(hidden_BS[:, None, None], -math.inf)
-    return torch.matmul(torch.softmax(scores_BKRS, -1), values).view(batch, heads, width)
+    return torch.matmul(torch.softmax(scores_BKRS, -1).to(values.dtype), values).view(batch, heads, width)
 
 
 def rotate(x_THE: Tensor, positions_T: Tensor, theta: float, alpha: float = 1.0) -> Tensor:

@@ -55,3 +55,16 @@ def linear(x_TI: Tensor, w_OI: Tensor) -> Tensor:
         return F.linear(x_TI, w_OI)
     y_TO: Tensor = _Linear.apply(x_TI, w_OI)
     return y_TO
+
+
+def wide_linear(x_TI: Tensor, w_OI: Tensor) -> Tensor:
+    """`x @ W^T` in fp32 (float64 for float64): products of half-precision numbers are summed and left in fp32.
+
+    Differentiable. On CUDA the product itself writes fp32; elsewhere, and where gradients are wanted, a half-precision
+    weight is widened first, which takes memory for a copy.
+    """
+    if x_TI.dtype in (torch.float32, torch.float64):
+        return linear(x_TI, w_OI)
+    if x_TI.device.type == "cuda" and not torch.is_grad_enabled():
+        return torch.mm(x_TI, w_OI.T, out_dtype=torch.float32)
+    return linear(x_TI.float(), w_OI.float())

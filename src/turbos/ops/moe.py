@@ -64,6 +64,12 @@ def expert_load(experts_TK: Tensor, num_experts: int) -> Tensor:
     return torch.bincount(experts_TK.flatten(), minlength=num_experts)
 
 
+def expert_load_fixed(experts_TK: Tensor, num_experts: int) -> Tensor:
+    """`expert_load` for a few tokens without asking a device for the largest number, as `bincount` does."""
+    numbers_E = torch.arange(num_experts, device=experts_TK.device)
+    return (experts_TK.flatten()[:, None] == numbers_E).sum(0)
+
+
 def balance_loss(logits_TE: Tensor, load_E: Tensor) -> Tensor:
     """`E * sum(share of load * mean probability)`: 1 when even (Switch Transformer, arXiv 2101.03961, eq. 4)."""
     share_E = load_E.to(logits_TE.dtype) / load_E.sum()
@@ -112,6 +118,26 @@ def mix_experts(
     out_SD = grouped_matmul(hidden_SF, w_out_EDF.transpose(1, 2), load_E)
     place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
     out_TKD = out_SD.index_select(0, place_S).view(tokens, top_k, -1)
+    return torch.bmm(routing.gates_TK.to(out_TKD.dtype)[:, None], out_TKD)[:, 0]
+
+
+def mix_experts_fixed(
+    x_TD: Tensor, routing: Routing, w_in_EFD: Tensor, w_out_EDF: Tensor, activation: Activation
+) -> Tensor:
+    """`mix_experts` for a few tokens, by operations whose shapes and launches depend on no choice of a router.
+
+    The matrices of the chosen experts are gathered where choices are fewer than experts; else every expert works on
+    every token, which reads each matrix once, and the chosen outputs are picked.
+    """
+    experts_TK = routing.experts_TK
+    tokens, top_k = experts_TK.shape
+    if tokens * top_k < w_in_EFD.shape[0]:
+        hidden_TKF = torch.matmul(w_in_EFD[experts_TK], x_TD[:, None, :, None])[..., 0]
+        out_TKD = torch.matmul(w_out_EDF[experts_TK], activate(hidden_TKF, activation)[..., None])[..., 0]
+    else:
+        hidden_ETF = activate(torch.matmul(x_TD, w_in_EFD.transpose(1, 2)), activation)
+        out_ETD = torch.matmul(hidden_ETF, w_out_EDF.transpose(1, 2))
+        out_TKD = out_ETD[experts_TK, torch.arange(tokens, device=x_TD.device)[:, None]]
     return torch.bmm(routing.gates_TK.to(out_TKD.dtype)[:, None], out_TKD)[:, 0]
 
 

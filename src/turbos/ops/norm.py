@@ -24,4 +24,6 @@ def gated_rms_norm(y_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, eps: float, 
     if groups == 1:
         return rms_norm(gated, weight_D, eps)
     ones = weight_D.new_ones(weight_D.shape[0] // groups)
-    return rms_norm(gated.unflatten(-1, (groups, -1)), ones, eps).flatten(-2) * weight_D
+    normed = rms_norm(gated.unflatten(-1, (groups, -1)), ones, eps).flatten(-2) * weight_D
+    # The weight may be wider than what it weighs.
+    return normed.to(y_TD.dtype)

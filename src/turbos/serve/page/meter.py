@@ -122,13 +122,14 @@ class Stack:
     def _filled(cls, weights: Weights, tokens: int) -> Stack:
         model, weight = weights.model, weights.model.embed_weight
         length = tokens + ROUND_STEPS
-        pool = StatePool(model.config, 1, Layout.of(model.config).pages_for(length), weight.device, weight.dtype)
+        pages, scratch = Layout.of(model.config).pages_for(length), bool(weights.static)
+        pool = StatePool(model.config, 1, pages, weight.device, weight.dtype, scratch=scratch)
         row = pool.new_row()
         assert row is not None and pool.ensure(row, length), "the pool was made for it"
         for tensor in (pool.conv_SX, pool.scan_SX, *pool.keys, *pool.values):
             tensor.normal_(0.0, NOISE)
         row.length = tokens
-        return cls(Runner(model, pool, weights.fused_step(pool)), row, tokens)
+        return cls(weights.runner(pool), row, tokens)
 
     @torch.inference_mode()
     def seconds(self) -> float:
