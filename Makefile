@@ -72,7 +72,7 @@ plan-chat:
 	@$(call announce,.ready-chat,265 MB)
 	@if [ -e $(CHAT)/config.json ]; then echo "Model:   $(CHAT), there already"; \
 	else echo "Model:   SmolLM2-135M-Instruct into $(CHAT), download 93 MB, 540 MB on disk, half a minute"; fi
-	@echo "Run:     the page at http://127.0.0.1:$(PORT)/; only this machine reaches it; Ctrl-C stops"
+	@echo "Run:     the page at http://127.0.0.1:$(PORT)/, within a minute of the start; only this machine reaches it; Ctrl-C stops"
 
 plan-test:
 	@$(call announce,.ready-test,520 MB)
