@@ -72,6 +72,29 @@ def test_many_messages_in_a_row_are_joined_in_linear_time() -> None:
     assert min(seconds(lambda: turns_of(messages)) for _ in range(3)) < 60 * few
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": ASK, "tools": [{"type": "function", "function": {"name": "f", "description": "gcd " * 9000}}]},
+        {
+            "messages": [
+                *ASK,
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": json.dumps({"a": "b " * 9000})}}],
+                },
+                {"role": "tool", "tool_call_id": "a", "content": "6"},
+            ]
+        },
+        {"messages": [*ASK, {"role": "assistant", "content": "6", "reasoning": "gcd " * 9000}, *ASK]},
+    ],
+)
+def test_no_part_of_a_prompt_that_is_far_too_long_is_encoded_to_its_end(body: dict[str, Any]) -> None:
+    with serving(options=ServeOptions(max_prompt_tokens=200)) as small:
+        error = small.post(CHAT, body).json()["error"]
+    assert error["code"] == "context_length_exceeded" and "the prompt has more than" in error["message"]
+
+
 def test_more_prompts_than_may_be_open_are_no_matter_of_waiting() -> None:
     with serving(options=ServeOptions(max_open=2)) as small:
         reply = small.post("/v1/completions", {"prompt": ["a", "b", "c"], "max_tokens": 1})
