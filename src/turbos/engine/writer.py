@@ -11,7 +11,7 @@ does not sample: `sampler.py` makes writers, asks them for their rules and gives
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from turbos.common.records import Finish
 from turbos.engine.grammar import Constraint
@@ -76,8 +76,12 @@ class Writer:
         return None if self._thinking is None else self._thinking.may_open
 
     def rule(self) -> Rule:
-        """What the thinking budget asks of the next token."""
-        return FREE if self._thinking is None else self._thinking.rule()
+        """What the thinking budget asks of the next token; what a grammar wants is still to come after the thinking."""
+        if self._thinking is None:
+            return FREE
+        rule = self._thinking.rule()
+        is_owed = self._constraint is not None and self._thinking.place == "thinking" and rule.forced is None
+        return replace(rule, banned=(*rule.banned, *self.stop_ids)) if is_owed else rule
 
     def accept(self, token: int, logprob: float, top: Top = ()) -> Written:
         """Go on by one token. An answer that has ended takes no more: ValueError."""

@@ -11,6 +11,7 @@ It does not bind a socket, and it reads no files.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -45,6 +46,9 @@ REFUSALS = {
     503: "The model has failed, or the server is stopping.",
 }
 """What any request may be answered instead."""
+
+MANY_MESSAGES = 1000
+"""More of them are read beside the event loop."""
 
 
 def create_app(
@@ -88,7 +92,9 @@ def _openai_router() -> APIRouter:
         serving = serving_of(request)
         if serving.options.log_prompts:
             entry_of(request).said = [message.model_dump(exclude_none=True) for message in body.messages]
-        turns = turns_of(body.messages)
+        # The event loop is others' too.
+        is_long = len(body.messages) > MANY_MESSAGES
+        turns = await asyncio.to_thread(turns_of, body.messages) if is_long else turns_of(body.messages)
         asked = await ask(serving.service, body, serving.options, turns)
         return await respond(request, asked, stream=bool(body.stream))
 

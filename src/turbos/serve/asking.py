@@ -74,7 +74,10 @@ async def ask(service: Service, options: ChatOptions, limits: ServeOptions, turn
     calls = _calls(service, options)
     # Encoding a long text takes a while, and others' answers want to be sent.
     limit = most_prompt_tokens(service.engine.longest, limits)
-    if await asyncio.to_thread(outgrows, service.tokenizer, [turn.content for turn in turns], limit):
+    texts = [turn.content for turn in turns] + [tool.definition for tool in tools]
+    texts += [call.text for turn in turns for call in turn.tool_calls]
+    texts += [turn.thinking for turn in turns if turn.thinking and service.speaks_chat]
+    if await asyncio.to_thread(outgrows, service.tokenizer, texts, limit):
         raise too_long(None, limit, "messages")
     prompt = await asyncio.to_thread(service.prompt, turns, tools, thinking)
     most = completion_tokens(_max_tokens(options), len(prompt.ids), service.engine.longest, limits)

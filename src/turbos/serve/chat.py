@@ -29,7 +29,7 @@ from turbos.serve.service import Event, Finished, Part, Usage
 from turbos.serve.serving import serving_of
 from turbos.serve.sse import DONE, EventStream, event, until_gone
 from turbos.text.messages import Message, ToolCall
-from turbos.text.stream import ContentDelta, ReasoningDelta, ToolCallDelta
+from turbos.text.stream import ContentDelta, ReasoningDelta, RecastDelta, ToolCallDelta
 from turbos.text.stream import Delta as TurnDelta
 from turbos.text.tokenizer import Tokenizer
 
@@ -121,6 +121,8 @@ async def _whole(request: Request, asked: Asked, on_finish: OnFinish | None) -> 
     async with answering(request, asked, on_finish) as events:
         async for one in events:
             if isinstance(one, Part):
+                if isinstance(one.delta, RecastDelta):
+                    tokens[one.index].clear()
                 tokens[one.index] += one.tokens
                 continue
             if (failure := failure_of(one)) is not None:

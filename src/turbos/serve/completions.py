@@ -8,6 +8,7 @@ not computed, so the two together are refused.
 from __future__ import annotations
 
 import asyncio
+import codecs
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
@@ -62,8 +63,9 @@ async def _ask(serving: Serving, body: CompletionRequest) -> list[Asked]:
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options: only for a stream", param="stream_options")
     texts = _prompts(body.prompt)
-    if not texts or len(texts) * (body.n or 1) > MOST_ANSWERS:
-        raise ApiError(400, f"prompt: between 1 and {MOST_ANSWERS} answers at once, not {len(texts)}", param="prompt")
+    count, most = len(texts) * (body.n or 1), min(MOST_ANSWERS, serving.options.max_open)
+    if not 1 <= count <= most:
+        raise ApiError(400, f"prompt: between 1 and {most} answers at once, not {count}", param="prompt")
     strings = [one for one in texts if isinstance(one, str)]
     if any(surrogate(text) is not None for text in strings):
         raise ApiError(400, "prompt: half a surrogate pair is no text", param="prompt")
@@ -126,6 +128,7 @@ class _Show:
         self._usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         echoes = [tokenizer.decode(one.prompt.ids) if body.echo else "" for one in asked]
         self._echo: Callable[[int], str] = lambda index: echoes[index // self._n]
+        self._places = [_Places(tokenizer) for _ in range(len(asked) * self._n)]
 
     async def whole(self, request: Request) -> dict[str, Any]:
         """The reply when all answers are there."""
@@ -175,7 +178,7 @@ class _Show:
         return {
             "index": index,
             "text": text,
-            "logprobs": _logprobs(self._tokenizer, tokens) if self._logprobs and tokens else None,
+            "logprobs": _logprobs(self._tokenizer, tokens, self._places[index]) if self._logprobs and tokens else None,
             "finish_reason": None if finished is None else finish_reason(finished),
         }
 
@@ -193,7 +196,25 @@ class _Show:
         return usage_of([sums])
 
 
-def _logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict[str, Any]:
+class _Places:
+    """Where in an answer's text its tokens begin, in characters; a chunk of a stream goes on from the one before."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._length = 0
+
+    def of(self, token: Token) -> int:
+        """The next token's place: that of the character which holds its first byte."""
+        content = self._tokenizer.token_bytes(token.id)
+        self._length += len(self._decoder.decode(content[:1]))
+        # The first byte ended a character, or it is held: alone where it begins one.
+        place = self._length - (not self._decoder.getstate()[0])
+        self._length += len(self._decoder.decode(content[1:]))
+        return place
+
+
+def _logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], places: _Places) -> dict[str, Any]:
     """The older interface's four lists."""
     texts = [token_text(tokenizer, token.id) for token in tokens]
     tops = [{token_text(tokenizer, id): max(logprob, LEAST_LOGPROB) for id, logprob in token.top} for token in tokens]
@@ -201,5 +222,5 @@ def _logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict[str, Any]:
         "tokens": texts,
         "token_logprobs": [max(token.logprob, LEAST_LOGPROB) for token in tokens],
         "top_logprobs": tops,
-        "text_offset": [sum(map(len, texts[:place])) for place in range(len(texts))],
+        "text_offset": [places.of(token) for token in tokens],
     }

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from turbos.serve.errors import ApiError, of_chat_error
@@ -35,8 +36,8 @@ def turns_of(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
             continue
         turns += _results(results, calls)
         results, calls = [], message.tool_calls or ()
-        _add(turns, _Placed(place, _turn(place, message)))
-    turns += _results(results, calls)
+        turns.append(_Placed(place, _turn(place, message)))
+    turns = _joined([*turns, *_results(results, calls)])
     found = tuple(turn.turn for turn in turns)
     try:
         check_conversation(found)
@@ -73,15 +74,16 @@ def _tool(place: int, definition: dict[str, Any]) -> Tool:
         raise ApiError(400, f"tools[{place}]: {what}", param=f"tools[{place}]") from error
 
 
-def _add(turns: list[_Placed], added: _Placed) -> None:
-    """A turn more; one that goes on with the last user's or the system's is joined to it."""
-    place, last = turns[-1] if turns else (0, None)
-    turn = added.turn
-    if last is not None and last.role == turn.role and turn.role in ("system", "user"):
-        joined = BETWEEN.join(text for text in (last.content, turn.content) if text)
-        turns[-1] = _Placed(place, Message(turn.role, joined))
-    else:
-        turns.append(added)
+def _joined(turns: Sequence[_Placed]) -> list[_Placed]:
+    """Turns of the user's, or of the system's, that go on with the one before as one."""
+    found: list[_Placed] = []
+    for role, neighbours in groupby(turns, key=lambda one: one.turn.role):
+        alike = list(neighbours)
+        if role in ("system", "user") and len(alike) > 1:
+            joined = BETWEEN.join(text for _, turn in alike if (text := turn.content))
+            alike = [_Placed(alike[0].place, Message(role, joined))]
+        found += alike
+    return found
 
 
 def _turn(place: int, message: ChatMessage) -> Message:

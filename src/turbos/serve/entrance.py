@@ -82,6 +82,10 @@ class Entrance:
                 await refusal.response()(scope, receive, sending)
             else:
                 await self._app(scope, self._counted(receive, entry), sending)
+        except Exception:
+            # The answer to it is sent from farther out.
+            entry.status = entry.status or 500
+            raise
         finally:
             self._held -= entry.received
             self._note(scope, entry)

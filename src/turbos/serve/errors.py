@@ -18,6 +18,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from turbos.common.errors import UserError
 from turbos.text.messages import ChatError
@@ -142,6 +143,11 @@ def install(app: FastAPI) -> None:
         status = 400 if error.status_code == 422 else error.status_code
         code = TOO_LARGE if status == 413 else None
         return ApiError(status, str(error.detail), code=code, headers=error.headers).response()
+
+    @app.exception_handler(ClientDisconnect)
+    async def _gone(request: Request, error: ClientDisconnect) -> None:
+        # Nobody is there to be answered, and it is no fault of ours to be logged with its trace.
+        return None
 
     @app.exception_handler(Exception)
     async def _any(request: Request, error: Exception) -> Response:

@@ -9,23 +9,43 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 MOST_ANSWERS = 64
 MOST_LOGPROBS = 20
 MOST_STOPS = 16
 MOST_TOOLS = 128
 LONGEST_STOP = 1000
+MOST_ENTRIES = 1024
+MOST_FIELDS = 100
+"""Of one object: more than any here has. Each unknown field would be a complaint of its own, and a body holds millions;
+for the same reason lists are read to their first mistake only."""
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
 ToolName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+ManyTokenIds = Annotated[list[TokenIds], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     """Types as written, nothing unknown."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, fields: object) -> object:
+        if isinstance(fields, dict) and len(fields) > MOST_FIELDS:
+            raise ValueError(f"an object of {len(fields)} fields, of which there are at most {MOST_FIELDS}")
+        return fields
+
+
+def _few_entries(entries: object) -> object:
+    if isinstance(entries, dict) and len(entries) > MOST_ENTRIES:
+        raise ValueError(f"{len(entries)} entries, of which there may be {MOST_ENTRIES}")
+    return entries
 
 
 class _Open(BaseModel):
@@ -34,7 +54,7 @@ class _Open(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
-class SamplingFields(_Strict):
+class SamplingFields(Strict):
     """How tokens are chosen, in chats and texts alike."""
 
     temperature: float | None = Field(None, ge=0, le=1e6, description="0 takes the likeliest token; default 1")
@@ -44,14 +64,16 @@ class SamplingFields(_Strict):
     repetition_penalty: float | None = Field(None, ge=1e-3, le=1e3)
     presence_penalty: float | None = Field(None, ge=-1e3, le=1e3)
     frequency_penalty: float | None = Field(None, ge=-1e3, le=1e3)
-    logit_bias: dict[str, float] | None = Field(None, description="token id to nats", max_length=1024)
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_few_entries)] = Field(
+        None, description="token id to nats", max_length=MOST_ENTRIES
+    )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63 - MOST_ANSWERS)
     n: int | None = Field(None, ge=1, le=MOST_ANSWERS)
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=256, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str] | None, BeforeValidator(_few_entries)] = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
@@ -59,14 +81,14 @@ class SamplingFields(_Strict):
     service_tier: Literal["auto", "default"] | None = None
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """What a stream holds besides the answer; `include_obfuscation` can only be off."""
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """A part of a message's content: only texts are understood."""
 
     type: Literal["text", "input_text", "output_text"]
@@ -92,14 +114,14 @@ class ChatMessage(_Open):
     """A message; which fields a role may have is checked where it becomes a turn."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     reasoning: str | None = Field(None, description="of an assistant's turn, where the client sends it back")
     reasoning_content: str | None = None
-    tool_calls: list[SentCall] | None = Field(None, max_length=256)
+    tool_calls: Annotated[list[SentCall], Field(max_length=256, fail_fast=True)] | None = None
     tool_call_id: str | None = Field(None, max_length=256)
 
 
-class FunctionDefinition(_Strict):
+class FunctionDefinition(Strict):
     """A tool's name, what it is for, and the JSON schema of its arguments."""
 
     name: ToolName
@@ -108,39 +130,39 @@ class FunctionDefinition(_Strict):
     strict: bool | None = None
 
 
-class ToolDefinition(_Strict):
+class ToolDefinition(Strict):
     """A tool that may be called."""
 
     type: Literal["function"]
     function: FunctionDefinition
 
 
-class NamedFunction(_Strict):
+class NamedFunction(Strict):
     """The name of a tool."""
 
     name: ToolName
 
 
-class NamedTool(_Strict):
+class NamedTool(Strict):
     """A choice of one tool."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
-class TextFormat(_Strict):
+class TextFormat(Strict):
     """Any text."""
 
     type: Literal["text"]
 
 
-class ObjectFormat(_Strict):
+class ObjectFormat(Strict):
     """A JSON object."""
 
     type: Literal["json_object"]
 
 
-class NamedSchema(_Strict):
+class NamedSchema(Strict):
     """A JSON schema; the answer always keeps to it, so `strict` changes nothing."""
 
     name: str | None = None
@@ -149,14 +171,14 @@ class NamedSchema(_Strict):
     strict: bool | None = None
 
 
-class SchemaFormat(_Strict):
+class SchemaFormat(Strict):
     """JSON after a schema."""
 
     type: Literal["json_schema"]
     json_schema: NamedSchema
 
 
-class TemplateFields(_Strict):
+class TemplateFields(Strict):
     """What other servers hand to their chat templates."""
 
     enable_thinking: bool | None = None
@@ -165,13 +187,13 @@ class TemplateFields(_Strict):
     thinking_budget: int | None = Field(None, ge=0)
 
 
-class Reasoning(_Strict):
+class Reasoning(Strict):
     """OpenAI's other spelling of the effort."""
 
     effort: str | None = None
 
 
-class ThinkingFields(_Strict):
+class ThinkingFields(Strict):
     """Who decides on thinking, in all the spellings that are about; docs/chat.md has their order."""
 
     thinking: bool | str | None = Field(None, description="auto, on, off, budget N; or true and false")
@@ -193,25 +215,25 @@ class ChatOptions(SamplingFields, ThinkingFields):
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    tools: list[ToolDefinition] | None = Field(None, max_length=MOST_TOOLS)
+    tools: Annotated[list[ToolDefinition], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     verbosity: Literal["medium"] | None = None
 
 
 class ChatRequest(ChatOptions):
     """`POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
 
 
 class CompletionRequest(SamplingFields):
     """`POST /v1/completions`: texts, or their tokens, to go on with."""
 
     model: str | None = None
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(max_length=1 << 25)
+    prompt: str | Texts | TokenIds | ManyTokenIds = Field(max_length=1 << 25)
     max_tokens: int | None = Field(None, ge=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -221,7 +243,7 @@ class CompletionRequest(SamplingFields):
     suffix: Literal[""] | None = None
 
 
-class ErrorDetail(_Strict):
+class ErrorDetail(Strict):
     """What went wrong; `param` is the option, where it is one's fault."""
 
     message: str
@@ -230,7 +252,7 @@ class ErrorDetail(_Strict):
     code: str | None
 
 
-class ErrorReply(_Strict):
+class ErrorReply(Strict):
     """OpenAI's shape of every refusal."""
 
     error: ErrorDetail

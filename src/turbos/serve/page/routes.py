@@ -18,7 +18,7 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from turbos.common.errors import UserError
 from turbos.common.records import Problem
@@ -29,6 +29,7 @@ from turbos.serve.page.files import INDEX, file_response, page_files
 from turbos.serve.page.meter import LONGEST_METER, Reading, meter
 from turbos.serve.page.play import MODES, Judged, KnownFamily, Said, play
 from turbos.serve.page.worker import LONGEST_TEXT, Renderer
+from turbos.serve.schema import Strict
 from turbos.serve.service import Service
 from turbos.serve.serving import serving_of
 from turbos.serve.sse import DONE, EventStream, event
@@ -38,17 +39,13 @@ LONGEST_METERED = 4_000_000
 """Characters of a text for the meter, which counts its tokens and keeps nothing."""
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class RenderBody(_Body):
+class RenderBody(Strict):
     """A text, in part or whole."""
 
     text: Annotated[str, Field(max_length=LONGEST_TEXT)]
 
 
-class PlayBody(_Body):
+class PlayBody(Strict):
     """Which problem; without a seed any held-out one."""
 
     family: str
@@ -56,7 +53,7 @@ class PlayBody(_Body):
     seed: Annotated[int, Field(ge=0, lt=HELD_OUT_SEEDS)] | None = None
 
 
-class MeterBody(_Body):
+class MeterBody(Strict):
     """A text whose tokens are counted, and the length to measure at where it is another one."""
 
     text: Annotated[str, Field(max_length=LONGEST_METERED)] = ""

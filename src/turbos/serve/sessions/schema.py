@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
-from turbos.serve.schema import ChatOptions
+from turbos.serve.schema import ChatOptions, Strict
 from turbos.serve.service import Usage
 from turbos.serve.sessions.records import LONGEST_TITLE, Session, Turn
 from turbos.text.messages import surrogate
@@ -33,31 +33,27 @@ Title = Annotated[str, Field(max_length=LONGEST_TITLE), AfterValidator(_is_text)
 Content = Annotated[str, Field(min_length=1, max_length=LONGEST_CONTENT), AfterValidator(_is_text)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-
-class CreateBody(_Body):
+class CreateBody(Strict):
     """A new session; without a title its first question gives one."""
 
     title: Title | None = None
     system: Content | None = Field(default=None, description="a system message, the first turn")
 
 
-class RenameBody(_Body):
+class RenameBody(Strict):
     """Another title."""
 
     title: Title
 
 
-class ForkBody(_Body):
+class ForkBody(Strict):
     """The new session has the turns before `turn`, all where none is named."""
 
     turn: int | None = Field(default=None, ge=0, lt=1 << 31)
     title: Title | None = None
 
 
-class MessageBody(_Body):
+class MessageBody(Strict):
     """A question and how to answer it; without content the last turn, if it has no answer, is answered."""
 
     content: Content | None = None
