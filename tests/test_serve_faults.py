@@ -437,3 +437,12 @@ def test_many_at_once_are_all_answered(server: Server) -> None:
 
     assert asyncio.run(all_of_them()) == [200] * 150
     assert server.wait_idle(SOON)
+
+
+def test_a_body_that_does_not_come_is_given_up() -> None:
+    with serving(options=ServeOptions(stall_seconds=0.3)) as server:
+        with connect(server) as client:
+            client.sendall(raw_request(server, b'{"messages": []}')[:-4])
+            answer = client.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 408 ") and b"nothing more of the body came" in answer
+        assert is_alive(server)

@@ -158,3 +158,10 @@ def test_an_answer_does_not_end_in_thinking_while_its_format_is_owed(server: Ser
     assert message.content == "6"
     free = chat(server, logit_bias=bias, extra_body=extra).choices[0]
     assert free.message.content == "" and free.finish_reason == "stop"
+
+
+def test_a_conversation_of_too_many_messages_is_refused_at_once(server: Server) -> None:
+    body = {"messages": [{"role": "user", "content": "a"}] * 200_000}
+    refused = server.post("/v1/chat/completions", body)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "messages"
+    assert "20000" in refused.json()["error"]["message"]

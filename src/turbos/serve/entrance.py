@@ -10,6 +10,7 @@ site's page that would change something here.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
@@ -115,8 +116,18 @@ class Entrance:
     def _counted(self, receive: Receive, entry: Entry) -> Receive:
         """`receive` for bodies that do not say how long they are, and for all of them together."""
 
+        whole = False
+
         async def counting() -> Message:
-            message = await receive()
+            nonlocal whole
+            try:
+                # Once the body is there, what is waited for is the client's end.
+                async with asyncio.timeout(None if whole else self._options.stall_seconds):
+                    message = await receive()
+            except TimeoutError as error:
+                what = f"nothing more of the body came for {self._options.stall_seconds:g} seconds"
+                raise HTTPException(408, what, {"Connection": "close"}) from error
+            whole = whole or not message.get("more_body", False)
             size = len(message.get("body", b""))
             entry.received += size
             self._held += size

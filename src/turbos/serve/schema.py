@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 MOST_ANSWERS = 64
 MOST_LOGPROBS = 20
 MOST_STOPS = 16
+MOST_MESSAGES = 20_000
 MOST_TOOLS = 128
 LONGEST_STOP = 1000
 MOST_ENTRIES = 1024
@@ -226,7 +227,7 @@ class ChatOptions(SamplingFields, ThinkingFields):
 class ChatRequest(ChatOptions):
     """`POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
 
 
 class CompletionRequest(SamplingFields):
