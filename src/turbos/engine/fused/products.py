@@ -15,7 +15,9 @@ ROWS = 4
 BLOCK = 16
 """Outputs that one thread takes at least: a cache line of results."""
 AHEAD = 8192
-"""Bytes between the weights that are multiplied and those that are fetched."""
+"""Bytes between the keys, values or states in work and those that are fetched."""
+WEIGHTS_AHEAD = {FP32: 16384, BF16: 12288, INT8: 8192}
+"""The same for weights: the quicker bytes are used up, the further ahead (measured)."""
 INPUTS = 4 if LANES == 16 else 2
 """Inputs of the largest tile: ROWS * INPUTS sums must fit into the registers (32, or 16 before AVX-512)."""
 
@@ -24,7 +26,7 @@ def _product(kind: int, size: int, level: int = 1) -> Any:
     """The compiled product for one kind of weights, whose elements have `size` bytes."""
     many, two, one = (product_tile(kind, ROWS, count, level) for count in (INPUTS, 2, 1))
     single = product_tile(kind, 1, 1)
-    ahead = AHEAD * max(1, size // 2)
+    ahead_of = WEIGHTS_AHEAD[kind]
 
     @kernel
     def tiles(weights, stride, width, scales, sources, targets, count, place, ahead):  # type: ignore[no-untyped-def]
@@ -43,7 +45,7 @@ def _product(kind: int, size: int, level: int = 1) -> Any:
         o = first
         while o + ROWS <= last:
             at = weights + o * width * size
-            tiles(at, width, width, scales + 4 * o, sources, targets, count, place + o, at + ahead)
+            tiles(at, width, width, scales + 4 * o, sources, targets, count, place + o, at + ahead_of)
             o += ROWS
         while o < last:
             at = weights + o * width * size
