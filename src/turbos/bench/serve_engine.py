@@ -1,0 +1,72 @@
+"""The engine alone in a process of its own, for `turbos bench serve`: the server's requests without the server.
+
+It answers one line of JSON for each that it reads:
+
+    python -m turbos.bench.serve_engine CHECKPOINT THREADS MEMORY STREAMS
+
+    -> {"engine": ["engine: fused step, ...", "memory: ..."]}
+    <- {"texts": ["what is ...", ...], "answer": 64}
+    -> {"seconds": 6.1, "firsts": [0.2, ...], "tokens": 4096, "prompts": [[5, 17, ...], ...]}
+
+Prompts, marks and sampling are what the server makes of the same chats; encoding them is not counted here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from turbos.common.machine import keep_freed_memory, set_threads
+from turbos.engine.config import EngineConfig, Precision
+from turbos.engine.engine import Engine
+from turbos.engine.sampling_params import SamplingParams
+from turbos.engine.sequence import Delta
+from turbos.serve.service import Prompt, Service
+from turbos.text.messages import Message
+
+PRECISION: Precision = "int8"
+
+
+def run_requests(engine: Engine, prompts: Sequence[Prompt], answer: int) -> dict[str, Any]:
+    """Put all in line at once and run them to their end."""
+    params = SamplingParams(max_new_tokens=answer, stop_ids=frozenset())
+    firsts: dict[int, float] = {}
+    tokens = 0
+    start = time.perf_counter()
+    for place, prompt in enumerate(prompts):
+
+        def note(delta: Delta, place: int = place) -> None:
+            nonlocal tokens
+            firsts.setdefault(place, time.perf_counter() - start)
+            tokens += len(delta.ids)
+
+        engine.submit(prompt.ids, params, marks=prompt.marks, sink=note)
+    while engine.step():
+        pass
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "firsts": list(firsts.values()), "tokens": tokens}
+
+
+def main(checkpoint: str, threads: str, memory: str, streams: str) -> None:
+    """Answer until there is no more to read."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    # As the server's command does.
+    set_threads(int(threads))
+    keep_freed_memory()
+    config = EngineConfig(memory=int(memory), max_running=int(streams), precision=PRECISION, threads=int(threads))
+    service = Service.of_checkpoint(checkpoint, config)
+    print(json.dumps({"engine": service.engine.describe()}), file=answers, flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        prompts = [service.prompt([Message("user", text)]) for text in asked["texts"]]
+        found = run_requests(service.engine, prompts, asked["answer"])
+        print(json.dumps({**found, "prompts": [prompt.ids for prompt in prompts]}), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
