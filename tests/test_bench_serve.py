@@ -153,7 +153,6 @@ def test_a_server_under_load_and_read_again(checkpoint: Path, tmp_path: Path) ->
         continued = [text_body(ids, TINY.answer) for ids in alone["prompts"]]
         again = asyncio.run(ask_all(server.address, "/v1/completions", continued))
         assert [one.text for one in again] == [chat.text for chat in chats]
-        require_same_model(server.address, server.address, alone["prompts"])
 
         held = hold_chat(ChatTalk(server.address, TINY.reply), TINY, tokenizer)
         assert list(held.cases) == ["repeated", "appended", "edited", "document"]
@@ -169,17 +168,31 @@ def test_a_server_under_load_and_read_again(checkpoint: Path, tmp_path: Path) ->
             ask_one(server.address, "/v1/nothing", {})
 
 
-def test_servers_of_unlike_models_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = {1: "a", 2: "b"}
-    monkeypatch.setattr(bench, "ask_one", lambda address, path, body: {"choices": [{"text": texts[address.port]}]})
+def test_servers_of_unlike_models_are_not_compared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tops = {f"token {place}": -float(place) for place in range(20)}
+    shift = 0.01
+
+    def ask_one(address: Address, path: str, body: object) -> object:
+        if path == "/v1/completions":
+            return {"choices": [{"logprobs": {"top_logprobs": [tops]}}]}
+        ranks = [{"token": token, "logprob": logprob + shift} for token, logprob in tops.items()]
+        return {"completion_probabilities": [{"top_logprobs": ranks}]}
+
+    monkeypatch.setattr(bench, "ask_one", ask_one)
+    address = Address("here", 1)
+    require_same_model(address, address, [[1], [2]])
+    assert "0.010 nats apart, the likeliest token is the same after 2 of 2" in capsys.readouterr().err
+    shift = 0.5
     with pytest.raises(RuntimeError, match="not serve the same model"):
-        require_same_model(Address("here", 1), Address("here", 2), [[1], [2]])
+        require_same_model(address, address, [[1], [2]])
 
 
 def test_a_program_that_does_not_come_up_says_why(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="turbos serve gives no answer: .*nothing"):
-        with start_server(tmp_path / "nothing", TINY, tmp_path / "sessions"):
-            pass
+    says_why = pytest.raises(UserError, match=r"turbos serve gives no answer: .*nothing")
+    with says_why, start_server(tmp_path / "nothing", TINY, tmp_path / "sessions"):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ cores. Rows (a ratio above 1: the server is better):
 from __future__ import annotations
 
 import importlib.util
+import statistics
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -48,8 +49,8 @@ FILE_KIND = "q8_0"
 SLOT = 4096
 """Tokens that a slot of llama-server holds."""
 
-COMPARED, AGREE = 8, 0.75
-"""Prompts after which both servers' next tokens are compared, and the share that must be the same."""
+COMPARED, CANDIDATES, APART = 8, 20, 0.1
+"""Prompts after which both servers' likeliest tokens are compared, how many, and how many nats apart they may be."""
 
 NEEDED = ("fastapi", "uvicorn", "h11")
 DEFAULTS = ServePlan()
@@ -131,15 +132,28 @@ def _in_order(cases: dict[str, Reread]) -> dict[str, Reread]:
 
 
 def require_same_model(ours: Address, theirs: Address, prompts: Sequence[Sequence[int]]) -> None:
-    """Refuse to compare servers of different models: the likeliest token after most prompts must be the same.
+    """Refuse to compare servers of different models, by their likeliest tokens after some prompts.
 
-    Both round the weights to 8 bits, each in its way, so that not all need be.
+    Both round the weights to 8 bits, each in its way, so that log-probabilities differ a little.
     """
-    same = 0
-    for ids in prompts:
-        body = {"prompt": list(ids), "max_tokens": 1, "temperature": 0}
-        texts = [ask_one(address, "/v1/completions", body)["choices"][0]["text"] for address in (ours, theirs)]
-        same += texts[0] == texts[1]
-    say(f"the likeliest token is the same after {same} of {len(prompts)} prompts")
-    if same < AGREE * len(prompts):
+    found = [_likeliest(ours, theirs, ids) for ids in prompts]
+    shared = [{token: (one[token], other[token]) for token in one.keys() & other.keys()} for one, other in found]
+    apart = [abs(one - other) for pairs in shared for one, other in pairs.values()]
+    if len(apart) < CANDIDATES * len(prompts) / 2 or statistics.median(apart) > APART:
         raise RuntimeError("bench serve: turbos and llama-server do not serve the same model")
+    same = sum(
+        max(one, key=lambda token: one[token]) == max(other, key=lambda token: other[token]) for one, other in found
+    )
+    say(
+        f"turbos and llama-server: log-probabilities are {statistics.median(apart):.3f} nats apart, "
+        f"the likeliest token is the same after {same} of {len(prompts)} prompts"
+    )
+
+
+def _likeliest(ours: Address, theirs: Address, ids: Sequence[int]) -> tuple[dict[str, float], dict[str, float]]:
+    """Log-probabilities of the likeliest next tokens, by both servers."""
+    body = {"prompt": list(ids), "max_tokens": 1, "temperature": 0, "logprobs": CANDIDATES}
+    told = ask_one(ours, "/v1/completions", body)["choices"][0]["logprobs"]["top_logprobs"][0]
+    asked = {"prompt": list(ids), "n_predict": 1, "temperature": 0, "n_probs": CANDIDATES}
+    ranks = ask_one(theirs, "/completion", asked)["completion_probabilities"][0]["top_logprobs"]
+    return told, {rank["token"]: rank["logprob"] for rank in ranks}

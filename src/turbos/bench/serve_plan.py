@@ -6,6 +6,7 @@ same plan asks the same of every program.
     plan = ServePlan(threads=2)
     checkpoint = make_checkpoint(plan, Path("somewhere"))
     requests = plan.requests(number=0)
+    python -m turbos.bench.serve_plan DIRECTORY         # the same checkpoint, for other clients' measurements
 """
 
 from __future__ import annotations
@@ -132,3 +133,7 @@ def open_checkpoint(directory: Path) -> Package:
 def say(line: str) -> None:
     """A line for whoever watches."""
     print(f"bench serve: {line}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    make_checkpoint(Path(sys.argv[1]))
