@@ -13,7 +13,9 @@ import pytest
 
 from gguf_cases import gguf_model
 from tiny import save_tiny
+from turbos.bench import collect
 from turbos.bench import serve as bench
+from turbos.bench.guidellm import LATENCIES, RATES, guidellm_rows
 from turbos.bench.peers import Times
 from turbos.bench.rows import Row
 from turbos.bench.serve import bench_serve, require_same_model
@@ -217,6 +219,23 @@ def test_a_peer_that_is_not_there_is_left_out_in_a_line(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "xllamacpp" else found(name))
     assert bench._peer_file(open_checkpoint(checkpoint), tmp_path) is None
     assert "llama-server is left out: not installed" in capsys.readouterr().err
+
+
+def test_key_figures_of_guidellm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    percentiles = {"p50": 10.0, "p90": 20.0, "p99": 30.0}
+    names = (*(key for key, _ in RATES.values()), *(key for key, _ in LATENCIES.values()))
+    metrics = {name: {"successful": {"mean": 12.0, "percentiles": percentiles}} for name in names}
+    metrics["request_totals"] = {"successful": 99, "errored": 1, "incomplete": 0}
+    run = {"metrics": metrics, "config": {"strategy": {"streams": 64}}, "duration": 60.2}
+    report = tmp_path / "report.json"
+    report.write_text(json.dumps({"metadata": {"guidellm_version": "0.8"}, "benchmarks": [run]}))
+    rows = guidellm_rows(report)
+    assert rows[0] == ("written", 12.0, None, None, None, "tok/s")
+    assert rows[2] == ("first token", 12.0, 10.0, 20.0, 30.0, "ms") and rows[-2][:2] == ("errored requests", 1)
+    assert collect.guidellm_result(report, "guidellm run").command == "guidellm run (guidellm 0.8, 64 streams, 60 s)"
+    report.write_text("{}")
+    assert collect.main(["guidellm", str(report)]) == 2
+    assert "is no JSON report of guidellm" in capsys.readouterr().err
 
 
 @pytest.mark.slow
