@@ -89,7 +89,7 @@ def _draw(axes: Axes, panel: Panel, own: Sequence[Row], rows: Sequence[Row]) -> 
     for number, (name, bars) in enumerate(values.items()):
         places = [place + (number - (len(values) - 1) / 2) * width for place in range(len(own))]
         drawn = axes.bar(places, [bar or 0.0 for bar in bars], width * 0.92, color=COLORS[name], label=name)
-        labels = ["" if bar is None else f"{bar:,.3g}" if bar < 1000 else f"{bar:,.0f}" for bar in bars]
+        labels = ["" if bar is None else value_text(bar, panel.unit) for bar in bars]
         axes.bar_label(drawn, labels, padding=2, fontsize=7.5, rotation=0 if len(own) < 4 else 90)
     axes.set_xticks(range(len(own)), [_label(row, panel) for row in own], fontsize=8)
     axes.margins(y=0.16)
@@ -100,9 +100,20 @@ def _draw(axes: Axes, panel: Panel, own: Sequence[Row], rows: Sequence[Row]) -> 
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def value_text(value: float, unit: str) -> str:
+    """A value for reading; long times in seconds.
+
+    >>> value_text(57.875, "ms"), value_text(14682.0, "ms"), value_text(1645.0, "tokens")
+    ('57.9', '14.7 s', '1,645')
+    """
+    if unit == "ms" and value >= 1000:
+        return f"{value / 1000:.3g} s"
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
 def _label(row: Row, panel: Panel) -> str:
     """What tells a row from its neighbours, and how many of its tokens are new."""
     name = row.name.removeprefix(panel.begins)
     if panel.unit != "tokens":
-        return f"{name} streams" if panel.more_is_better else name
+        return f"{name} streams" if panel.more_is_better else name.split()[0]
     return f"{name}\n{row.unit.rpartition(', ')[2]}"
