@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from gguf_cases import gguf_model
+from serve_cases import tiny_service
 from tiny import save_tiny
 from turbos.bench import collect
 from turbos.bench import serve as bench
@@ -21,12 +22,14 @@ from turbos.bench.rows import Row
 from turbos.bench.serve import bench_serve, require_same_model
 from turbos.bench.serve_chart import PANELS, draw_serve, values_of
 from turbos.bench.serve_client import Address, ask_all, ask_one
+from turbos.bench.serve_engine import Prompt
 from turbos.bench.serve_load import ENGINE, OURS, PEER, Heard, Load, chat_body, load_rows, text_body
 from turbos.bench.serve_plan import ServePlan, make_checkpoint, open_checkpoint
 from turbos.bench.serve_processes import start_engine, start_server
 from turbos.bench.serve_reread import CASES, ChatTalk, Reread, SessionTalk, hold_chat, hold_session, reread_rows
 from turbos.cli import main as cli
 from turbos.common.errors import UserError
+from turbos.text.messages import Message
 
 TINY = ServePlan(
     threads=1, streams=4, rounds=1, shortest=3, longest=12, answer=8, turns=3, question=6, reply=5, changed=1,
@@ -109,6 +112,13 @@ def test_every_round_asks_otherwise_and_every_run_the_same() -> None:
     question = plan.questions()[plan.changed]
     assert question.startswith(kept) and edited.startswith(kept) and question != edited
     assert len(kept.split()) == plan.question // 2 and len(edited.split()) == plan.question
+
+
+def test_the_engine_alone_is_given_what_the_server_gives_it() -> None:
+    service = tiny_service()
+    expected = service.prompt([Message("user", "gcd of 12 and 18?")])
+    prompt = Prompt.of(service.tokenizer, "gcd of 12 and 18?")
+    assert (prompt.ids, (prompt.mark,)) == (expected.ids, expected.marks)
 
 
 def test_rows_of_a_load() -> None:

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from turbos.common.machine import keep_freed_memory, set_threads
@@ -26,10 +27,26 @@ from turbos.engine.config import EngineConfig, Precision
 from turbos.engine.engine import Engine
 from turbos.engine.sampling_params import SamplingParams
 from turbos.engine.sequence import Delta
-from turbos.serve.service import Prompt, Service
+from turbos.text.chat import opening_ids, render
 from turbos.text.messages import Message
+from turbos.text.thinking import Thinking
+from turbos.text.tokenizer import Tokenizer
 
 PRECISION: Precision = "int8"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A chat's tokens, and after how many of them the server has the state kept."""
+
+    ids: tuple[int, ...]
+    mark: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, text: str) -> Prompt:
+        """Of a question without anything before it."""
+        asked = render(tokenizer, [Message("user", text)]).ids
+        return cls((*asked, *opening_ids(tokenizer, Thinking())), len(asked))
 
 
 def run_requests(engine: Engine, prompts: Sequence[Prompt], answer: int) -> dict[str, Any]:
@@ -45,7 +62,7 @@ def run_requests(engine: Engine, prompts: Sequence[Prompt], answer: int) -> dict
             firsts.setdefault(place, time.perf_counter() - start)
             tokens += len(delta.ids)
 
-        engine.submit(prompt.ids, params, marks=prompt.marks, sink=note)
+        engine.submit(prompt.ids, params, marks=(prompt.mark,), sink=note)
     while engine.step():
         pass
     seconds = time.perf_counter() - start
@@ -60,15 +77,16 @@ def main(checkpoint: str, threads: str, memory: str, streams: str) -> None:
     set_threads(int(threads))
     keep_freed_memory()
     config = EngineConfig(memory=int(memory), max_running=int(streams), precision=PRECISION, threads=int(threads))
-    service = Service.of_checkpoint(checkpoint, config)
-    print(json.dumps({"engine": service.engine.describe()}), file=answers, flush=True)
+    engine = Engine.from_checkpoint(checkpoint, config)
+    assert engine.tokenizer is not None, "a checkpoint has one"
+    print(json.dumps({"engine": engine.describe()}), file=answers, flush=True)
     # In a thread of its own, as the server drives it: OpenMP's threads wait otherwise in a process's main thread, which
     # alone can double the time where other programs want the cores.
     with ThreadPoolExecutor(1) as driver:
         for line in sys.stdin:
             asked = json.loads(line)
-            prompts = [service.prompt([Message("user", text)]) for text in asked["texts"]]
-            found = driver.submit(run_requests, service.engine, prompts, asked["answer"]).result()
+            prompts = [Prompt.of(engine.tokenizer, text) for text in asked["texts"]]
+            found = driver.submit(run_requests, engine, prompts, asked["answer"]).result()
             print(json.dumps({**found, "prompts": [prompt.ids for prompt in prompts]}), file=answers, flush=True)
 
 

@@ -23,9 +23,9 @@ from turbos.bench.rows import Row
 from turbos.bench.serve_client import Address, ask_one
 from turbos.bench.serve_plan import ServePlan, words
 from turbos.bench.serve_processes import NAME
-from turbos.serve.reading import ChatReader, Token
 from turbos.text.chat import opening_ids, render
 from turbos.text.messages import Message
+from turbos.text.stream import TurnStream
 from turbos.text.thinking import Thinking
 from turbos.text.tokenizer import Tokenizer
 
@@ -136,10 +136,10 @@ class PeerTalk:
         """Ask, and keep the question and its answer."""
         self.messages.append(Message("user", text))
         asked, ids = self._ask(self.messages)
-        reader = ChatReader(self._tokenizer, self._opening)
-        reader.feed([Token(id, 0.0) for id in ids])
-        reader.finish()
-        self.messages.append(reader.message())
+        turn = TurnStream(self._tokenizer, self._opening)
+        turn.feed(ids)
+        turn.finish()
+        self.messages.append(turn.message())
         return asked
 
     def again(self, messages: Sequence[Message]) -> Asked:
