@@ -111,6 +111,15 @@ def test_a_streams_usage_comes_last_where_it_is_asked_for(server: Server) -> Non
     )
 
 
+def test_each_chunk_counts_where_that_is_asked_for(server: Server) -> None:
+    options: dict[str, Any] = {"n": 2, "max_tokens": 9, "temperature": 1.0, "seed": 1}
+    wanted = {"include_usage": True, "continuous_usage_stats": True}
+    parts = chunks(server, stream_options=wanted, extra_body={"ignore_eos": True, "thinking_budget": 3}, **options)
+    counts = [part.usage.completion_tokens for part in parts]
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == counts[-2] == 18 and len(set(counts)) > 5
+    assert {part.usage.prompt_tokens for part in parts} == {len(prompt_ids(TOKENIZER, TURNS, "on"))}
+
+
 def test_several_answers_are_as_if_each_were_alone(server: Server, truth: Engine) -> None:
     params = SamplingParams(max_new_tokens=12, temperature=1.0, seed=5, n=3)
     expected = [body_of(one, "off").content for one in answers(truth, "off", params)]

@@ -96,6 +96,11 @@ def test_usage_of_a_stream_is_that_of_the_whole(server: Server) -> None:
     parts = list(complete(server, TEXTS, stream=True, stream_options={"include_usage": True}, **options))
     whole = complete(server, TEXTS, **options).usage
     assert parts[-1].usage.total_tokens == whole.total_tokens and parts[-1].choices == []
+    wanted = {"include_usage": True, "continuous_usage_stats": True}
+    running = [
+        part.usage.total_tokens for part in complete(server, TEXTS, stream=True, stream_options=wanted, **options)
+    ]
+    assert running == sorted(running) and running[0] < running[-1] == running[-2] == whole.total_tokens
 
 
 def test_a_beginning_that_was_read_is_not_read_again(server: Server) -> None:

@@ -84,6 +84,11 @@ def test_what_cannot_be_honoured_is_a_400_that_names_it(
         assert param.split("[")[0] in error["message"]
 
 
+def test_a_count_in_each_chunk_needs_one_at_the_end(server: Server) -> None:
+    error = refusal(server, stream=True, stream_options={"continuous_usage_stats": True})
+    assert error["param"] == "stream_options.continuous_usage_stats"
+
+
 def test_an_unknown_model_is_a_404(server: Server) -> None:
     with pytest.raises(openai.NotFoundError) as refused:
         chat(server, model="gpt-4o")

@@ -4,6 +4,7 @@
     turbos bench length --budget 4GiB --json | python -m turbos.bench.collect bench length --options="--budget 4GiB"
     python -m turbos.bench.collect demo runs/seed0 runs/seed1 runs/seed2
     python -m turbos.bench.collect twins runs/bench-twins
+    python -m turbos.bench.collect guidellm benchmarks.json --command="guidellm run ..."
 
 It computes means and differences over seeds and nothing else; tables are rendered by `bench.tables`.
 """
@@ -20,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from turbos.bench import guidellm
 from turbos.bench.tables import Cell, Result, write_result
 from turbos.common.errors import UserError
 from turbos.common.machine import describe_machine
@@ -86,6 +88,13 @@ def twins_result(directory: Path) -> Result:
     return twins_table.twins_result(twins.read_results(directory, ()))
 
 
+def guidellm_result(report: Path, command: str) -> Result:
+    """The key figures of guidellm's report; `command` is how it was called."""
+    rows = guidellm.guidellm_rows(report)
+    origin = provenance("guidellm", f"{command} ({guidellm.describe_run(report)})", ())
+    return Result(**origin, columns=guidellm.COLUMNS, rows=tuple(rows))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Write one result file below the current directory."""
     parser = argparse.ArgumentParser(prog="python -m turbos.bench.collect", description="Write docs/results files.")
@@ -95,10 +104,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.add_argument("--options", default="", metavar="WORDS", help="further words of that command")
     kinds.add_parser("demo", help="from demo runs").add_argument("runs", nargs="+", type=Path)
     kinds.add_parser("twins", help="from the directory of turbos bench twins").add_argument("directory", type=Path)
+    outside = kinds.add_parser("guidellm", help="from a JSON report of guidellm")
+    outside.add_argument("report", type=Path)
+    outside.add_argument("--command", default="guidellm run", metavar="WORDS", help="how guidellm was called")
     args = parser.parse_args(argv)
     try:
         if args.kind == "twins":
             result = twins_result(args.directory)
+        elif args.kind == "guidellm":
+            result = guidellm_result(args.report, args.command)
         else:
             measured = args.kind == "bench"
             result = bench_result(args.work, sys.stdin.read(), args.options) if measured else demo_result(args.runs)

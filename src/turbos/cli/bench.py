@@ -1,4 +1,4 @@
-"""`turbos bench train|prefill|decode|length|scan|peers|twins`: speed and memory against peers and against twins.
+"""`turbos bench train|prefill|decode|length|serve|scan|peers|twins`: speed and memory against peers and against twins.
 
 The measuring is in `turbos.bench`; here its rows are printed, as a table or as one JSON object, and drawn. What twins
 need besides is in `cli.twins`.
@@ -6,6 +6,7 @@ need besides is in `cli.twins`.
     turbos bench train --json
     turbos bench peers --vllm ~/vllm-env --png peers.png
     turbos bench length --lengths 2048,32768 --budget 4GiB
+    turbos bench serve --checkpoint runs/demo/final
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from turbos.common.errors import UserError
 if TYPE_CHECKING:
     from turbos.bench.rows import Row
 
-WORKS = ("train", "prefill", "decode", "length", "scan", "peers", "twins")
-DRAWN = ("peers", "decode", "length")
+WORKS = ("train", "prefill", "decode", "length", "serve", "scan", "peers", "twins")
+DRAWN = ("peers", "decode", "length", "serve")
 OPTIONS_OF = {
     **{name: ("peers",) for name in ("llama_bench", "vllm")},
     "png": (*DRAWN, "twins"),
     **{name: ("length",) for name in ("lengths", "budget")},
+    "checkpoint": ("serve",),
     **{name: ("twins",) for name in ("quick", "seeds", "dir")},
 }
 """Options that say nothing with other work."""
@@ -43,7 +45,8 @@ def add_parser(subparsers: Any) -> None:
         "work",
         choices=WORKS,
         help="what to measure (decode: token by token, against peers; length: the hybrid against its attention twin, "
-        "by length; peers: all, against all; twins: what attention-only, Mamba-only and hybrid learn)",
+        "by length; serve: the server under load, and what it reads again; peers: all, against all; twins: what "
+        "attention-only, Mamba-only and hybrid learn)",
     )
     parser.add_argument("--json", action="store_true", help="stdout holds one JSON object and nothing else")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
@@ -55,6 +58,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--lengths", metavar="N,...", help="with length: tokens before (default: 128 to 131072)")
     parser.add_argument("--budget", metavar="SIZE", help="with length: also all sessions that such memory holds, 4GiB")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="with serve: this one (default: random weights of bench-26m)"
+    )
     twins.add_options(parser)
 
 
@@ -94,7 +100,8 @@ def measure(args: argparse.Namespace) -> Sequence[Row]:
 
         return bench_scan()
     png = args.png or Path(f"bench-{args.work}.png")
-    rows, drawn = measure_length(args, png) if args.work == "length" else measure_peers(args, png)
+    measured = {"length": measure_length, "serve": measure_serve}.get(args.work, measure_peers)
+    rows, drawn = measured(args, png)
     print(f"bench {args.work}: drawn in {drawn}")
     return rows
 
@@ -123,6 +130,16 @@ def measure_length(args: argparse.Namespace, png: Path) -> tuple[Sequence[Row], 
     lengths = LENGTHS if args.lengths is None else parse_lengths(args.lengths)
     rows = bench_length(Plan(lengths, None if args.budget is None else parse_bytes(args.budget)))
     return rows, draw_length(rows, png)
+
+
+def measure_serve(args: argparse.Namespace, png: Path) -> tuple[Sequence[Row], Path]:
+    """The rows of the server, and their picture."""
+    from turbos.bench.serve import bench_serve
+    from turbos.bench.serve_chart import draw_serve
+    from turbos.bench.serve_plan import ServePlan
+
+    rows = bench_serve(ServePlan() if args.threads is None else ServePlan(threads=args.threads), args.checkpoint)
+    return rows, draw_serve(rows, png)
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:

@@ -46,8 +46,8 @@ class ThinkOption:
         return self.mode.mode if self.budget is None else str(self.budget)
 
 
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """Declare how the model is run."""
+def add_engine_options(parser: argparse.ArgumentParser, snapshot_every: int = 2048) -> None:
+    """Declare how the model is run; `snapshot_every` is the default."""
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--precision", default="auto", metavar="auto|own|fp32|bf16|int8", help="of the weights (auto: int8 on the CPU)"
@@ -57,6 +57,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     group.add_argument("--device", metavar="cpu|cuda", help="where the model runs (default: the CPU)")
+    group.add_argument(
+        "--snapshot-every",
+        type=int,
+        default=snapshot_every,
+        metavar="N",
+        help=f"keep a state every N tokens of a prompt, to go on from (default {snapshot_every})",
+    )
     group.add_argument(
         "--path",
         default="auto",
@@ -103,6 +110,7 @@ def engine_config(args: argparse.Namespace, max_running: int) -> EngineConfig:
         path=args.path,
         threads=args.threads,
         device=args.device,
+        snapshot_every=args.snapshot_every,
     )
 
 

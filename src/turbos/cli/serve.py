@@ -49,7 +49,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--sessions", type=Path, metavar="DIR", help="keep sessions here (default: until it stops)")
     _add_access(parser.add_argument_group("access"))
     _add_limits(parser.add_argument_group("limits"))
-    add_engine_options(parser)
+    # A message that is edited in its middle is read again from the last of them.
+    add_engine_options(parser, snapshot_every=512)
 
 
 def _add_access(group: Any) -> None:

@@ -28,6 +28,7 @@ from turbos.serve.schema import (
     ObjectFormat,
     SamplingFields,
     SchemaFormat,
+    StreamOptions,
     TemplateFields,
     ThinkingFields,
 )
@@ -51,6 +52,7 @@ class Asked:
     most_calls: int | None = None
     logprobs: bool = False
     include_usage: bool = False
+    running_usage: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,18 @@ async def ask(service: Service, options: ChatOptions, limits: ServeOptions, turn
         banned=calls.banned,
         eos_ids=service.engine.eos_ids,
     )
-    usage = options.stream_options is not None and bool(options.stream_options.include_usage)
-    return Asked(prompt, params, thinking, calls.most, bool(options.logprobs), usage)
+    usage, running = usage_wanted(options.stream_options)
+    return Asked(prompt, params, thinking, calls.most, bool(options.logprobs), usage, running)
+
+
+def usage_wanted(options: StreamOptions | None) -> tuple[bool, bool]:
+    """Whether a stream ends with its usage, and whether each chunk counts so far. ApiError for the latter alone."""
+    if options is None:
+        return False, False
+    if options.continuous_usage_stats and not options.include_usage:
+        what = "stream_options.continuous_usage_stats: needs include_usage true"
+        raise ApiError(400, what, param="stream_options.continuous_usage_stats")
+    return bool(options.include_usage), bool(options.continuous_usage_stats)
 
 
 def check_model(service: Service, model: str | None) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -162,6 +162,12 @@ def usage_of(usages: Sequence[Usage]) -> dict[str, Any]:
     }
 
 
+def usage_so_far(prompt: int, written: Iterable[int]) -> dict[str, int]:
+    """The count of all answers to prompts of so many tokens in all, while they are written."""
+    completion = sum(written)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
 def logprobs_of(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict[str, Any]:
     """The content's tokens with their log-probabilities."""
     content = []
@@ -223,16 +229,20 @@ async def _chunks(
 ) -> AsyncIterator[bytes]:
     """The events of a stream."""
     usages: list[Usage] = []
-    # With include_usage every chunk has the field, and only the last one's says something.
+    # With include_usage every chunk has the field, and only the last one's says something unless all should.
+    written: dict[int, int] = {}
     more: dict[str, Any] = {**extra, **({"usage": None} if asked.include_usage else {})}
 
     def chunk(choices: Sequence[object], **fields: object) -> bytes:
+        if asked.running_usage:
+            more["usage"] = usage_so_far(len(asked.prompt.ids), written.values())
         return event(reply.body("chat.completion.chunk", choices, **{**more, **fields}))
 
     for index in range(asked.params.n):
         yield chunk([_choice(index, {"role": "assistant", "content": ""})])
     async for one in events:
         if isinstance(one, Part):
+            written[one.index] = one.written
             delta = delta_json(one.delta)
             if delta or one.tokens:
                 logprobs = logprobs_of(tokenizer, one.tokens) if asked.logprobs and one.tokens else None
@@ -242,6 +252,7 @@ async def _chunks(
             yield event(failure.body)
             return
         usages.append(one.usage)
+        written[one.index] = one.usage.completion
         yield chunk([_choice(one.index, {}, None, finish_reason(one))])
     if asked.include_usage:
         yield chunk([], usage=usage_of(usages))

@@ -17,8 +17,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from turbos.serve.asking import Asked, check_model, sampling_params
-from turbos.serve.chat import LEAST_LOGPROB, Reply, answering, failure_of, finish_reason, usage_of
+from turbos.serve.asking import Asked, check_model, sampling_params, usage_wanted
+from turbos.serve.chat import LEAST_LOGPROB, Reply, answering, failure_of, finish_reason, usage_of, usage_so_far
 from turbos.serve.errors import ApiError, json_response
 from turbos.serve.limits import completion_tokens, most_prompt_tokens, outgrows, too_long
 from turbos.serve.reading import Token, token_text
@@ -125,7 +125,7 @@ class _Show:
         self._reply, self._tokenizer, self._asked = reply, tokenizer, asked
         self._n = body.n or 1
         self._logprobs = body.logprobs is not None
-        self._usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        self._usage, self._running = usage_wanted(body.stream_options)
         echoes = [tokenizer.decode(one.prompt.ids) if body.echo else "" for one in asked]
         self._echo: Callable[[int], str] = lambda index: echoes[index // self._n]
         self._places = [_Places(tokenizer) for _ in range(len(asked) * self._n)]
@@ -154,11 +154,16 @@ class _Show:
         """The events of a stream."""
         more: dict[str, Any] = {"usage": None} if self._usage else {}
         finished: list[tuple[int, Finished]] = []
+        written: dict[int, int] = {}
+        num_prompt = sum(len(one.prompt.ids) for one in self._asked)
         for index in range(len(self._asked) * self._n):
             if self._echo(index):
                 yield event(self._reply.body("text_completion", [self._choice(index, self._echo(index))], **more))
         async for place, one in events:
             index = place * self._n + one.index
+            written[index] = one.written if isinstance(one, Part) else one.usage.completion
+            if self._running:
+                more["usage"] = usage_so_far(num_prompt, written.values())
             if isinstance(one, Part):
                 text = one.delta.text if isinstance(one.delta, ContentDelta) else ""
                 yield event(self._reply.body("text_completion", [self._choice(index, text, one.tokens)], **more))

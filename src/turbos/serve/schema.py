@@ -86,6 +86,7 @@ class StreamOptions(Strict):
     """What a stream holds besides the answer; `include_obfuscation` can only be off."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = Field(None, description="with include_usage: the count so far, in each chunk")
     include_obfuscation: Literal[False] | None = None
 
 

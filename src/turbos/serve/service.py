@@ -63,12 +63,13 @@ class Usage:
 
 @dataclass(frozen=True)
 class Part:
-    """More of answer `index`: thinking, content or a call, the content's tokens, the tokens of thinking so far."""
+    """More of answer `index`: thinking, content or a call, the content's tokens, those of thinking and all so far."""
 
     index: int
     delta: TurnDelta
     tokens: tuple[Token, ...] = ()
     reasoning_tokens: int = 0
+    written: int = 0
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,7 @@ def _events(reader: Reader, index: int, deltas: Sequence[Delta], prompt: Prompt,
         stream.cancel(index)
     if reader.stopped or last.finish is not None:
         reads += reader.finish()
-    events += [_part(index, read) for read in reads]
+    events += [_part(index, read, reader.num_tokens) for read in reads]
     if reader.stopped:
         events.append(_cut(reader, index, prompt, stream))
     elif last.completion is not None and last.finish is not None:
@@ -282,5 +283,5 @@ def _tokens(delta: Delta) -> list[Token]:
     return [Token(id, logprob, top) for id, logprob, top in zip(delta.ids, delta.logprobs, tops, strict=True)]
 
 
-def _part(index: int, read: Read) -> Part:
-    return Part(index, read.delta, read.tokens, read.reasoning_tokens)
+def _part(index: int, read: Read, written: int) -> Part:
+    return Part(index, read.delta, read.tokens, read.reasoning_tokens, written)
