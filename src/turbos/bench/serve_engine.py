@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from turbos.bench.serve_plan import SNAPSHOT_EVERY
 from turbos.common.machine import keep_freed_memory, set_threads
 from turbos.engine.config import EngineConfig, Precision
 from turbos.engine.engine import Engine
@@ -76,7 +77,13 @@ def main(checkpoint: str, threads: str, memory: str, streams: str) -> None:
     # As the server's command does.
     set_threads(int(threads))
     keep_freed_memory()
-    config = EngineConfig(memory=int(memory), max_running=int(streams), precision=PRECISION, threads=int(threads))
+    config = EngineConfig(
+        memory=int(memory),
+        max_running=int(streams),
+        precision=PRECISION,
+        threads=int(threads),
+        snapshot_every=SNAPSHOT_EVERY,
+    )
     engine = Engine.from_checkpoint(checkpoint, config)
     assert engine.tokenizer is not None, "a checkpoint has one"
     print(json.dumps({"engine": engine.describe()}), file=answers, flush=True)

@@ -32,6 +32,8 @@ from turbos.text.tokenizer import Tokenizer
 SHAPE = "bench-26m"
 MEMORY = 3 * 2**30
 """Bytes for each of our engines, so that every machine has the same plan."""
+SNAPSHOT_EVERY = 512
+"""Tokens between states that our engines keep within a prompt: the server's default."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from typing import Any
 from turbos.bench.contestants import worker_environment
 from turbos.bench.serve_client import PATIENCE, Address, await_health
 from turbos.bench.serve_engine import PRECISION
-from turbos.bench.serve_plan import ServePlan
+from turbos.bench.serve_plan import SNAPSHOT_EVERY, ServePlan
 from turbos.common.errors import UserError
 
 PEER = Path(__file__).with_name("serve_peer.py")
@@ -105,7 +105,7 @@ def start_server(checkpoint: Path, plan: ServePlan, sessions: Path) -> Iterator[
     """`turbos serve` on a free port of the loopback; it is told to stop when the context is left."""
     words = ["-m", "turbos", "serve", str(checkpoint), "--port", "0", "--name", NAME, "--sessions", str(sessions)]
     words += ["--memory", str(plan.memory), "--threads", str(plan.threads), "--precision", PRECISION]
-    words += ["--max-running", str(plan.streams)]
+    words += ["--max-running", str(plan.streams), "--snapshot-every", str(SNAPSHOT_EVERY)]
     with Child("turbos serve", words, plan.threads) as child:
         found = re.search(r"http://\S+(?=/ is the page)", child.line())
         assert found is not None, "its first line has its address"
